@@ -1,0 +1,34 @@
+"""structmat: structured-matrix operators in one algebra.
+
+Monarch, butterfly, Block Tensor-Train, low-rank and Kronecker matrices, held as small arrays and applied in far less
+time and memory than dense ones; sums, products, inverses and Kronecker products of them stay structured wherever an
+exact identity allows it; any dense matrix can be projected onto any family with a certificate.
+
+Importing this package imports NumPy and nothing heavier.
+"""
+
+from structmat import backends as backends
+from structmat import identities as identities
+from structmat.algebra import block_diag as block_diag
+from structmat.algebra import hstack as hstack
+from structmat.algebra import kron as kron
+from structmat.algebra import vstack as vstack
+from structmat.backends.selection import use_backend as use_backend
+from structmat.operator import Operator as Operator
+from structmat.structures.block_diagonal import BlockDiagonal as BlockDiagonal
+from structmat.structures.block_sparse import BlockSparse as BlockSparse
+from structmat.structures.block_sparse import flat_block_butterfly as flat_block_butterfly
+from structmat.structures.block_tensor_train import BlockTensorTrain as BlockTensorTrain
+from structmat.structures.butterfly import Butterfly as Butterfly
+from structmat.structures.chain import Chain as Chain
+from structmat.structures.dense import Dense as Dense
+from structmat.structures.diagonal import Diagonal as Diagonal
+from structmat.structures.diagonal import Identity as Identity
+from structmat.structures.diagonal import Zero as Zero
+from structmat.structures.external import as_operator as as_operator
+from structmat.structures.kronecker import Kronecker as Kronecker
+from structmat.structures.low_rank import LowRank as LowRank
+from structmat.structures.monarch import Monarch as Monarch
+from structmat.structures.permutation import Permutation as Permutation
+
+__version__ = "0.1.0"
