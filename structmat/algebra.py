@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from structmat.rules import ADD, INVERSE, KRON, MATMUL, SCALE
 MERGE_WINDOW = 16  # a new term meets at most this many of a sum's terms, so that building long sums stays linear
 
 
-class _Combination(Operator):
+class _Combination(Operator, abstract=True):
     """Shape, dtype, library and device of a result made of several operators."""
 
     __slots__ = ()
@@ -33,12 +34,6 @@ class _Combination(Operator):
         batch = np.broadcast_shapes(*{p.batch_shape for p in parts})
         dtype = arrays.promote(*{p.dtype for p in parts})
         self._init((*batch, *size), dtype, anchor.kind, anchor.device, **values)
-
-    def _matmat(self, x: Array) -> Array:
-        raise TypeError(f"{type(self).__name__} must define _matmat")
-
-    def _transpose(self) -> Operator:
-        raise TypeError(f"{type(self).__name__} must define _transpose")
 
 
 class Product(_Combination):
@@ -60,7 +55,7 @@ class Product(_Combination):
         flat: list[Operator] = []
         for f in factors:
             flat += f.factors if isinstance(f, Product) else (f,)
-        for left, right in zip(flat, flat[1:], strict=False):
+        for left, right in pairwise(flat):
             if left.shape[-1] != right.shape[-2]:
                 check_inner(left, right)
         self._init_from(flat, (flat[0].shape[-2], flat[-1].shape[-1]), "matmul", factors=tuple(flat))
@@ -186,8 +181,7 @@ class Scaled(_Combination):
     def _cast(self, dtype: DType) -> Operator:
         target = arrays.dtype_for(dtype, "numpy") if arrays.kind(self.scalar) is None else None
         scalar = self.scalar if target is None else target.type(self.scalar).item()
-        scaled = Scaled(scalar, self.operator.astype(dtype))
-        return scaled
+        return Scaled(scalar, self.operator.astype(dtype))
 
     @property
     def nparams(self) -> int:
@@ -548,12 +542,16 @@ def index(operator: Operator, key: Any) -> Any:
     if keys and keys[0] is Ellipsis:
         keys = keys[1:]
     elif operator.batch_shape:
-        raise IndexError(f"A[...]: shape {operator.shape} has batch dimensions; index the matrix axes with A[..., rows, cols]")
+        raise IndexError(
+            f"A[...]: shape {operator.shape} has batch dimensions; index the matrix axes with A[..., rows, cols]"
+        )
     keys = [slice(None) if k is Ellipsis else k for k in keys]
     keys += [slice(None)] * (2 - len(keys))
     if len(keys) > 2:
         raise IndexError(f"A[...]: {len(keys)} indices for a matrix of shape {operator.shape}")
-    rows, cols = (_axis_key(k, size, axis) for axis, (k, size) in enumerate(zip(keys, operator.shape[-2:], strict=True)))
+    rows, cols = (
+        _axis_key(k, size, axis) for axis, (k, size) in enumerate(zip(keys, operator.shape[-2:], strict=True))
+    )
     if isinstance(rows, slice) or isinstance(cols, slice):
         if isinstance(rows, int):
             return _column(operator.T, rows)[..., cols]
@@ -679,5 +677,3 @@ def _columns(operator: Operator, js: np.ndarray) -> Array:
     unit = arrays.namespace_of(kind).zeros((operator.shape[-1], len(js)), dtype=operator.dtype, **where)
     unit[js, np.arange(len(js))] = 1
     return operator._matmat(unit)
-
-

@@ -114,14 +114,14 @@ def twice(a: Operator, b: Operator) -> Any:
 
 @rule(ADD, Scaled, Scaled)
 def collect(a: Scaled, b: Scaled) -> Any:
-    """c A + d A = (c + d) A."""
+    """C A + d A = (c + d) A."""
     same = a.operator is b.operator or (_plain_identity(a.operator) and _plain_identity(b.operator))
     return a.operator * (a.scalar + b.scalar) if same else NotImplemented
 
 
 @rule(ADD, Scaled, Operator)
 def collect_left(a: Scaled, b: Operator) -> Any:
-    """c A + A = (c + 1) A."""
+    """C A + A = (c + 1) A."""
     same = a.operator is b or (_plain_identity(a.operator) and _plain_identity(b))
     return a.operator * (a.scalar + 1) if same else NotImplemented
 
@@ -194,31 +194,31 @@ def scale_by_one(a: Operator, c: Any) -> Any:
 
 @rule(SCALE, Scaled, cancels=True)
 def scale_scaled(a: Scaled, c: Any) -> Any:
-    """c (d A) = (c d) A."""
+    """C (d A) = (c d) A."""
     return a.operator * (c * a.scalar)
 
 
 @rule(SCALE, Zero)
 def scale_zero(a: Zero, c: Any) -> Any:
-    """c 0 = 0."""
+    """C 0 = 0."""
     return Zero(a.shape, scaled_dtype(a.dtype, c)) if np.isfinite(complex(c)) else NotImplemented
 
 
 @rule(SCALE, Dense)
 def scale_dense(a: Dense, c: Any) -> Any:
-    """c A, entrywise."""
+    """C A, entrywise."""
     return Dense(c * a.array)
 
 
 @rule(SCALE, Diagonal)
 def scale_diagonal(a: Diagonal, c: Any) -> Any:
-    """c diag(v) = diag(c v)."""
+    """C diag(v) = diag(c v)."""
     return Diagonal(c * a.values)
 
 
 @rule(SCALE, Chain)
 def scale_chain(a: Chain, c: Any) -> Any:
-    """c (K_1 ... K_L) = K_1 ... (c K_i) ... K_L with the smallest K_i."""
+    """C (K_1 ... K_L) = K_1 ... (c K_i) ... K_L with the smallest K_i."""
     sizes = [p.nparams for p in a.patterns]
     i = sizes.index(min(sizes))
     return a.with_factors((*a.factors[:i], c * a.factors[i], *a.factors[i + 1 :]))
@@ -226,13 +226,13 @@ def scale_chain(a: Chain, c: Any) -> Any:
 
 @rule(SCALE, BlockSparse)
 def scale_block_sparse(a: BlockSparse, c: Any) -> Any:
-    """c A, blockwise."""
+    """C A, blockwise."""
     return BlockSparse(c * a.blocks, a.rows, a.cols, a.shape)
 
 
 @rule(SCALE, Kronecker)
 def scale_kronecker(a: Kronecker, c: Any) -> Any:
-    """c (A (x) B) = (c A) (x) B, in the smallest factor that takes a scalar without a wrapper."""
+    """C (A (x) B) = (c A) (x) B, in the smallest factor that takes a scalar without a wrapper."""
     for i in sorted(range(len(a.factors)), key=lambda i: a.factors[i].nparams):
         scaled = find(SCALE, a.factors[i], c)
         if scaled is not NotImplemented and not isinstance(scaled, Scaled):
@@ -699,7 +699,7 @@ def _matmul(a: Array, b: Array) -> Array:
 
 
 def _cast_operand(x: Array, a: Operator) -> Array:
-    """torch's ``@`` refuses mixed dtypes: cast what an operator's private kernels are given."""
+    """Torch's ``@`` refuses mixed dtypes: cast what an operator's private kernels are given."""
     return arrays.cast(x, arrays.dtype_for(arrays.promote(x.dtype, a.dtype), arrays.kind(x)))
 
 

@@ -48,9 +48,9 @@ class Operator:
     kind: str | None
     device: Any
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        for name in ("_matmat", "_transpose"):
+    def __init_subclass__(cls, *, abstract: bool = False) -> None:
+        super().__init_subclass__()
+        for name in () if abstract else ("_matmat", "_transpose"):
             if getattr(cls, name) is getattr(Operator, name):
                 raise TypeError(f"{cls.__name__} must define {name}: see the docstring of structmat.operator")
 
@@ -232,17 +232,13 @@ class Operator:
         from scipy.sparse.linalg import LinearOperator
 
         if self.kind not in (None, "numpy"):
-            raise TypeError(f"to_scipy: SciPy needs NumPy arrays, the operator holds {self.kind}; use A.to('numpy') first")
+            raise TypeError(
+                f"to_scipy: SciPy needs NumPy arrays, the operator holds {self.kind}; use A.to('numpy') first"
+            )
         if self.batch_shape:
             raise ValueError(f"to_scipy: SciPy's operators are single matrices, got batched shape {self.shape}")
-        return LinearOperator(  # pyright: ignore[reportCallIssue]
-            shape=self.shape,
-            matvec=self.matvec,
-            rmatvec=self.rmatvec,
-            matmat=self.matmat,
-            rmatmat=self.rmatmat,
-            dtype=self.dtype,
-        )
+        products = {"matvec": self.matvec, "rmatvec": self.rmatvec, "matmat": self.matmat, "rmatmat": self.rmatmat}
+        return LinearOperator(shape=self.shape, dtype=self.dtype, **products)
 
     # ---- applying -----------------------------------------------------------------------------------------------
 
@@ -270,7 +266,7 @@ class Operator:
     def matvec(self, x: Array, out: Array | None = None) -> Array:
         """``A x`` for one vector ``(n,)`` or a stack of vectors ``(..., n)``; a column ``(n, 1)`` stays a column."""
         x = arrays.operand(x, self, "matvec")
-        m, n = self.shape[-2:]
+        n = self.shape[-1]
         if x.ndim == 2 and tuple(x.shape) == (n, 1):
             y = self._matmat(x)
         elif x.ndim >= 1 and x.shape[-1] == n:
@@ -306,7 +302,7 @@ class Operator:
             _check_batches(shape, tuple(x.shape))
         return self._matmat(x) if out is None else self._columns_into(x, out)
 
-    def _matmat(self, x: Array) -> Array:  # (..., n, k) -> (..., m, k)
+    def _matmat(self, x: Array) -> Array:  # noqa: ARG002  (..., n, k) -> (..., m, k)
         raise TypeError(f"{type(self).__name__} must define _matmat")
 
     def _transpose(self) -> Operator:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,28 +133,26 @@ class StridedChainPlan(base.ChainPlan):
         return y.reshape(*lead, m)
 
     def _row_chunk(self, x: np.ndarray, y: np.ndarray, dtype: Any) -> None:
+        """One chunk, read and written as rows where strides allow; the intermediates are columns ``(size, k)``."""
         k = x.shape[0]
-        steps = self.steps
-        direct_in = self.rows_in and not self.padded and x.flags.c_contiguous
-        if not direct_in:
+        first, last = self.steps[0], self.steps[-1]
+        if self.rows_in and not self.padded and x.flags.c_contiguous:
+            view = _rows_view(x, first.in_shape, first.in_axes)
+        else:
             z = np.ascontiguousarray(x.T)
             z = base.pad(z, self.layout.patterns[-1].cols) if self.padded else z
-            z = base.reorder(z, self.in_order) if self.in_order else z
-        for i, (weights, in_shape, in_axes, out_shape, out_axes, rows) in enumerate(steps):
-            if i == 0 and direct_in:
-                view = _rows_view(x, in_shape, in_axes)
-            else:
-                view = z.reshape(*in_shape, k)
-                view = view if in_axes is None else view.transpose(in_axes)
-            if i == len(steps) - 1 and self.rows_out:
-                target = _rows_view(y, out_shape, out_axes).swapaxes(-1, -2)
-                np.matmul(view.swapaxes(-1, -2), weights.swapaxes(-1, -2), out=target)
-                return
-            z = np.empty((rows, k), dtype)
-            target = z.reshape(*out_shape, k)
-            np.matmul(weights, view, out=target if out_axes is None else target.transpose(out_axes))
-        z = base.reorder(z, self.out_order) if self.out_order else z
-        y[...] = z[: self.layout.rows].T
+            view = _columns_view(base.reorder(z, self.in_order), first.in_shape, first.in_axes)
+        for step, following in pairwise(self.steps):
+            z = np.empty((step.rows, k), dtype)
+            np.matmul(step.weights, view, out=_columns_view(z, step.out_shape, step.out_axes))
+            view = _columns_view(z, following.in_shape, following.in_axes)
+        if self.rows_out:
+            target = _rows_view(y, last.out_shape, last.out_axes).swapaxes(-1, -2)
+            np.matmul(view.swapaxes(-1, -2), last.weights.swapaxes(-1, -2), out=target)
+            return
+        z = np.empty((last.rows, k), dtype)
+        np.matmul(last.weights, view, out=_columns_view(z, last.out_shape, last.out_axes))
+        y[...] = base.reorder(z, self.out_order)[: self.layout.rows].T
 
 
 class View(NamedTuple):
@@ -193,11 +192,11 @@ def aligned_view(order: AxisOrder | None, sizes: tuple[int, int, int]) -> View |
         bounds.add(step)
         step *= radix
     ladder = sorted(bounds)
-    if any(small == 0 or big % small for small, big in zip(ladder, ladder[1:], strict=False)):
+    if any(small == 0 or big % small for small, big in pairwise(ladder)):
         return None
     if any(stride < bound < stride * inner for bound in ladder):
         return None
-    digits = [(small, big // small) for small, big in zip(ladder, ladder[1:], strict=False)][::-1]  # slow to fast
+    digits = [(small, big // small) for small, big in pairwise(ladder)][::-1]  # slow to fast
     weights = []  # weight of each moved radix in the natural index
     step = 1
     for radix in reversed(moved):
@@ -223,9 +222,7 @@ def aligned_view(order: AxisOrder | None, sizes: tuple[int, int, int]) -> View |
 def _step(pattern: Pattern, blocks: np.ndarray, entering: View, leaving: View) -> Step:
     batch = sum(_batch(entering), ())
     weights = blocks.reshape(*batch, pattern.b, pattern.c)
-    return Step(
-        weights, entering.shape, _axes(entering), leaving.shape, _axes(leaving), pattern.rows
-    )
+    return Step(weights, entering.shape, _axes(entering), leaving.shape, _axes(leaving), pattern.rows)
 
 
 def _axes(view: View) -> tuple[int, ...] | None:
@@ -236,6 +233,12 @@ def _axes(view: View) -> tuple[int, ...] | None:
 def _inner_is_fastest(shape: tuple[int, ...], axes: tuple[int, ...] | None) -> bool:
     """Whether the matrix axis of a view has stride one in a row of storage."""
     return axes is None or axes[-2] == len(shape) - 1
+
+
+def _columns_view(x: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> np.ndarray:
+    """The columns ``x (n, k)`` as ``(*batch, inner, k)``."""
+    x = x.reshape(*shape, x.shape[-1])
+    return x if axes is None else x.transpose(axes)
 
 
 def _rows_view(x: np.ndarray, shape: tuple[int, ...], axes: tuple[int, ...] | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,11 +58,13 @@ class BlockTensorTrain(Chain):
             raise ValueError(f"BlockTensorTrain: expected at least two cores, got {len(cores)}")
         blocks = [arrays.values(c, f"BlockTensorTrain core {i}", 3) for i, c in enumerate(cores)]
         if len(blocks) == 2 and all(b.ndim == 3 for b in blocks):
-            check_ranks(*blocks, "BlockTensorTrain")
+            check_ranks(blocks[0], blocks[1], "BlockTensorTrain")
             blocks = [blocks[0][None], blocks[1][:, None]]
         if any(b.ndim < 4 for b in blocks):
             shapes = ", ".join(str(tuple(b.shape)) for b in blocks)
-            raise ValueError(f"BlockTensorTrain: expected cores (a, d, b, c), or two of (f, e, g*rho) and (g, rho*f, a); got {shapes}")
+            raise ValueError(
+                f"BlockTensorTrain: expected cores (a, d, b, c), or two of (f, e, g*rho) and (g, rho*f, a); got {shapes}"
+            )
         radices = output_radices([pattern_of(b) for b in blocks], "BlockTensorTrain")
         self._set_chain(tuple(blocks), shape, digit_reversal(radices))
 
@@ -75,7 +78,7 @@ class BlockTensorTrain(Chain):
         """Rank of each link between neighbouring cores."""
         flipped = self.out_order is None and self.in_order is not None  # a transposed train
         patterns = [p.T for p in reversed(self.patterns)] if flipped else list(self.patterns)
-        ranks = [p.chain_rank(q) or 0 for p, q in zip(patterns, patterns[1:], strict=False)]
+        ranks = [p.chain_rank(q) or 0 for p, q in itertools.pairwise(patterns)]
         return tuple(reversed(ranks)) if flipped else tuple(ranks)
 
     @classmethod
@@ -127,14 +130,12 @@ class BlockTensorTrain(Chain):
 def chain_patterns(q: Sequence[int], p: Sequence[int], r: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Normal form of a chainable chain: factor ``l`` is ``(p_{<l}, r_{l-1} q_l, p_l r_l, q_{>l})``; arXiv 2411.04506."""
     count = len(q)
-    return [
-        (math.prod(p[:i]), r[i] * q[i], p[i] * r[i + 1], math.prod(q[i + 1 :])) for i in range(count)
-    ]
+    return [(math.prod(p[:i]), r[i] * q[i], p[i] * r[i + 1], math.prod(q[i + 1 :])) for i in range(count)]
 
 
 def output_radices(patterns: Sequence[Pattern], name: str) -> tuple[int, ...]:
     """Output radices ``q`` of a chain in normal form; ``ValueError`` if the patterns are not one."""
-    for p, q in zip(patterns, patterns[1:], strict=False):
+    for p, q in itertools.pairwise(patterns):
         if p.chain_rank(q) is None:
             raise ValueError(f"{name}: neighbouring patterns {tuple(p)} and {tuple(q)} are not chainable")
     if patterns[0].a != 1 or patterns[-1].d != 1:
@@ -143,7 +144,7 @@ def output_radices(patterns: Sequence[Pattern], name: str) -> tuple[int, ...]:
             f"got {tuple(patterns[0])} and {tuple(patterns[-1])}"
         )
     tails = [patterns[0].rows, *(p.d for p in patterns)]
-    return tuple(big // small for big, small in zip(tails, tails[1:], strict=False))
+    return tuple(big // small for big, small in itertools.pairwise(tails))
 
 
 def digit_reversal(radices: Sequence[int]) -> AxisOrder:
@@ -166,5 +167,3 @@ def balanced_radices(size: int, count: int) -> tuple[int, ...]:
     while math.prod(digits) < size:
         digits[-1] += 1
     return tuple(sorted(digits))
-
-

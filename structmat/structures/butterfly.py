@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -53,9 +54,11 @@ class Butterfly(Chain):
         blocks = tuple(arrays.values(f, f"Butterfly factor {i}", 4) for i, f in enumerate(factors))
         patterns = [pattern_of(b) for b in blocks]
         output_radices(patterns, "Butterfly")
-        for p, q in zip(patterns, patterns[1:], strict=False):
+        for p, q in itertools.pairwise(patterns):
             if p.chain_rank(q) != 1:
-                raise ValueError(f"Butterfly: neighbours {tuple(p)} and {tuple(q)} have rank {p.chain_rank(q)}, expected 1")
+                raise ValueError(
+                    f"Butterfly: neighbours {tuple(p)} and {tuple(q)} have rank {p.chain_rank(q)}, expected 1"
+                )
         self._set_chain(blocks, shape)
 
     @classmethod

@@ -6,6 +6,7 @@ to be applied, one transpose, one count of costs, and add only their own constru
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -92,7 +93,7 @@ class Chain(Operator):
         name = type(self).__name__
         kind, device = arrays.common(factors, name)
         patterns = tuple(factor.pattern_of(f) for f in factors)
-        for i, (p, q) in enumerate(zip(patterns, patterns[1:], strict=False)):
+        for i, (p, q) in enumerate(itertools.pairwise(patterns)):
             if p.cols != q.rows:
                 raise ValueError(f"{name}: factor {i} has {p.cols} columns but factor {i + 1} has {q.rows} rows")
         rows, cols = patterns[0].rows, patterns[-1].cols
@@ -105,7 +106,7 @@ class Chain(Operator):
         batch = np.broadcast_shapes(*(tuple(f.shape[:-4]) for f in factors))
         self._init(
             (*batch, m, n),
-            arrays.promote(*(f.dtype for f in factors)) if len(factors) > 1 else factors[0].dtype,
+            arrays.promote(*(f.dtype for f in factors)),
             kind,
             device,
             factors=factors,
@@ -140,7 +141,7 @@ class Chain(Operator):
         return 2 * sum(p.nparams for p in self.patterns)
 
     def _details(self) -> str:
-        return "patterns " + " ".join("({},{},{},{})".format(*p) for p in self.patterns)
+        return "patterns " + " ".join(f"({p.a},{p.b},{p.c},{p.d})" for p in self.patterns)
 
     def with_factors(self, factors: tuple[Array, ...]) -> Self:
         """The same chain with other values, of the same patterns."""
@@ -152,7 +153,8 @@ class Chain(Operator):
         backend = backend_for(self.kind)
         plan = self._plans.get(backend.name)
         if plan is None:
-            layout = ChainLayout(self.patterns, *self.shape[-2:], self.out_order, self.in_order)
+            m, n = self.shape[-2:]
+            layout = ChainLayout(self.patterns, m, n, self.out_order, self.in_order)
             plan = self._plans[backend.name] = backend.chain(layout, self.factors)
         return plan
 
@@ -210,11 +212,11 @@ def split_counts(blocks: int | tuple[int, int] | None, shape: tuple[int, int]) -
     Raises ``ValueError`` for counts that are not between 1 and the size.
     """
     counts = blocks if isinstance(blocks, tuple) else (blocks, blocks)
-    chosen = tuple(default_count(size) if count is None else int(count) for count, size in zip(counts, shape, strict=True))
+    chosen = [default_count(size) if count is None else int(count) for count, size in zip(counts, shape, strict=True)]
     for count, size in zip(chosen, shape, strict=True):
         if not 1 <= count <= max(size, 1):
             raise ValueError(f"blocks: expected between 1 and {max(size, 1)} for size {size}, got {count}")
-    return chosen
+    return chosen[0], chosen[1]
 
 
 def default_count(size: int) -> int:

@@ -71,5 +71,5 @@ class Dense(Operator):
 
 
 def _like(array: Array, x: Array) -> Array:
-    """torch's ``@`` refuses mixed dtypes; NumPy's promotes by itself."""
+    """Torch's ``@`` refuses mixed dtypes; NumPy's promotes by itself."""
     return array.to(x.dtype) if arrays.kind(array) == "torch" else array

@@ -102,7 +102,7 @@ class Kronecker(Operator):
     def _flops(self) -> int:
         sizes = [f.shape[-1] for f in self.factors]
         total = 0
-        for i in cheapest_order([f.shape[-2:] for f in self.factors]):
+        for i in cheapest_order([(f.shape[-2], f.shape[-1]) for f in self.factors]):
             total += math.prod(sizes[:i]) * math.prod(sizes[i + 1 :]) * self.factors[i]._flops()
             sizes[i] = self.factors[i].shape[-2]
         return total
@@ -162,7 +162,7 @@ class OperatorKronPlan:
 
     def __init__(self, factors: tuple[Operator, ...]) -> None:
         self.factors = factors
-        self.order = cheapest_order([f.shape[-2:] for f in factors])
+        self.order = cheapest_order([(f.shape[-2], f.shape[-1]) for f in factors])
 
     def columns(self, x: Array, out: Array | None = None) -> Array:
         """``A x`` for ``x`` of shape ``(..., n, k)``."""

@@ -114,9 +114,7 @@ def check_ranks(left: Array, right: Array, name: str) -> None:
         )
 
 
-def two_factor_patterns(
-    shape: tuple[int, int], counts: tuple[int, int], rank: int
-) -> list[tuple[int, int, int, int]]:
+def two_factor_patterns(shape: tuple[int, int], counts: tuple[int, int], rank: int) -> list[tuple[int, int, int, int]]:
     """Patterns ``(1, s, k r, l) (k, r l, p, 1)`` that cover ``shape`` with ``counts = (l, k)`` blocks of ``rank``."""
     (m, n), (l, k) = shape, counts
     if rank < 1:
