@@ -9,6 +9,8 @@ Importing this package imports NumPy and nothing heavier.
 
 from structmat import backends as backends
 from structmat import identities as identities
+from structmat import testing as testing
+from structmat import patterns as patterns
 from structmat.algebra import block_diag as block_diag
 from structmat.algebra import hstack as hstack
 from structmat.algebra import kron as kron

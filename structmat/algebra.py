@@ -77,12 +77,6 @@ class Product(_Combination):
     def _transpose(self) -> Operator:
         return Product(*(f.T for f in reversed(self.factors)))
 
-    def _conj(self) -> Operator:
-        return Product(*(f.conj() for f in self.factors))
-
-    def _cast(self, dtype: DType) -> Operator:
-        return Product(*(f.astype(dtype) for f in self.factors))
-
     def _flops(self) -> int:
         return sum(f._flops() for f in self.factors)
 
@@ -128,12 +122,6 @@ class Sum(_Combination):
     def _transpose(self) -> Operator:
         return Sum(*(t.T for t in self.terms))
 
-    def _conj(self) -> Operator:
-        return Sum(*(t.conj() for t in self.terms))
-
-    def _cast(self, dtype: DType) -> Operator:
-        return Sum(*(t.astype(dtype) for t in self.terms))
-
     def _flops(self) -> int:
         return sum(t._flops() for t in self.terms) + (len(self.terms) - 1) * self.shape[-2]
 
@@ -160,9 +148,6 @@ class Scaled(_Combination):
         dtype = scaled_dtype(operator.dtype, scalar)
         self._init(operator.shape, dtype, operator.kind, operator.device, scalar=scalar, operator=operator)
 
-    def _map(self, function: Any) -> Operator:
-        return Scaled(self.scalar, self.operator._map(function))
-
     def _matmat(self, x: Array) -> Array:
         return self._times(self.operator._matmat(x))
 
@@ -182,11 +167,6 @@ class Scaled(_Combination):
         target = arrays.dtype_for(dtype, "numpy") if arrays.kind(self.scalar) is None else None
         scalar = self.scalar if target is None else target.type(self.scalar).item()
         return Scaled(scalar, self.operator.astype(dtype))
-
-    @property
-    def nparams(self) -> int:
-        """Stored values of the operator and one scalar."""
-        return self.operator.nparams + 1
 
     def _flops(self) -> int:
         return self.operator._flops() + self.shape[-2]
@@ -252,9 +232,6 @@ class Inverse(_Combination):
 
     def _transpose(self) -> Operator:
         return self.operator.T.inv()
-
-    def _conj(self) -> Operator:
-        return self.operator.conj().inv()
 
     def _expression(self) -> str:
         return f"inv({self.operator._expression()})"

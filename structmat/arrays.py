@@ -61,7 +61,7 @@ def as_dtype(dtype: DType) -> DType:
 def dtype_for(dtype: DType, kind_name: str | None) -> DType:
     """The dtype of the same name in the library ``kind_name``."""
     if kind_name == "torch" and not is_torch_dtype(dtype):
-        return getattr(sys.modules["torch"], np.dtype(dtype).name)
+        return getattr(_optional("torch"), np.dtype(dtype).name)
     if kind_name != "torch" and is_torch_dtype(dtype):
         return np.dtype(str(dtype).removeprefix("torch."))
     return dtype
@@ -100,6 +100,11 @@ def cast(x: Array, dtype: DType) -> Array:
     if x.dtype == dtype:
         return x
     return x.astype(dtype) if kind(x) != "torch" else x.to(dtype)
+
+
+def copy(x: Array) -> Array:
+    """A copy that shares no memory (and, in torch, keeps the gradient)."""
+    return x.clone() if kind(x) == "torch" else x.copy()
 
 
 def values(x: Any, what: str, ndim: int = 0) -> Array:

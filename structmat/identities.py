@@ -115,15 +115,13 @@ def twice(a: Operator, b: Operator) -> Any:
 @rule(ADD, Scaled, Scaled)
 def collect(a: Scaled, b: Scaled) -> Any:
     """C A + d A = (c + d) A."""
-    same = a.operator is b.operator or (_plain_identity(a.operator) and _plain_identity(b.operator))
-    return a.operator * (a.scalar + b.scalar) if same else NotImplemented
+    return a.operator * (a.scalar + b.scalar) if _one_and_the_same(a.operator, b.operator) else NotImplemented
 
 
 @rule(ADD, Scaled, Operator)
 def collect_left(a: Scaled, b: Operator) -> Any:
     """C A + A = (c + 1) A."""
-    same = a.operator is b or (_plain_identity(a.operator) and _plain_identity(b))
-    return a.operator * (a.scalar + 1) if same else NotImplemented
+    return a.operator * (a.scalar + 1) if _one_and_the_same(a.operator, b) else NotImplemented
 
 
 @rule(ADD, Operator, Scaled)
@@ -685,8 +683,9 @@ def _covers(a: Operator, b: Operator) -> bool:
     return np.broadcast_shapes(a.batch_shape, b.batch_shape) == a.batch_shape
 
 
-def _plain_identity(a: Operator) -> bool:
-    return isinstance(a, Identity)
+def _one_and_the_same(a: Operator, b: Operator) -> bool:
+    """The same object, or two identities of one dtype."""
+    return a is b or (isinstance(a, Identity) and isinstance(b, Identity) and a.dtype == b.dtype)
 
 
 def _is_diagonal(a: Operator) -> bool:

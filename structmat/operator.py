@@ -82,9 +82,10 @@ class Operator:
     def _values(self) -> tuple[Any, ...]:
         return tuple(getattr(self, name) for name in self.fields)
 
-    def _map(self, function: Callable[[Array], Array]) -> Operator:
-        """The same operator with every stored array replaced by ``function(array)``."""
-        return self._rebuild(*(_map_value(v, function) for v in self._values()))
+    def _map(self, array: Callable[[Array], Array], part: Callable[[Operator], Operator] | None = None) -> Operator:
+        """The same operator with ``array(x)`` for every stored array and ``part(A)`` for every operator it is made of."""
+        part = part or (lambda operator: operator._map(array))
+        return self._rebuild(*(_map_value(v, array, part) for v in self._values()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore, (type(self), self._values())
@@ -98,9 +99,8 @@ class Operator:
     def arrays(self) -> tuple[Array, ...]:
         """The stored arrays, depth first; an array that occurs twice is listed once."""
         seen: dict[int, Array] = {}
-        for value in self._values():
-            for x in _leaves(value):
-                seen.setdefault(id(x), x)
+        for x in _leaves(self._values()):
+            seen.setdefault(id(x), x)
         return tuple(seen.values())
 
     @property
@@ -176,7 +176,7 @@ class Operator:
         return self._conj() if arrays.is_complex(self.dtype) else self
 
     def _conj(self) -> Operator:
-        return self._map(_conj_values)
+        return self._map(_conj_values, Operator.conj)
 
     def inv(self) -> Operator:
         """The inverse: structured where an identity allows it, lazy otherwise; ``LinAlgError`` if not square."""
@@ -197,12 +197,17 @@ class Operator:
         return self if dtype == self.dtype else self._cast(dtype)
 
     def _cast(self, dtype: DType) -> Operator:
-        return self._map(lambda x: arrays.cast(x, dtype) if arrays.is_inexact(x.dtype) else x)
+        return self._map(
+            lambda x: arrays.cast(x, dtype) if arrays.is_inexact(x.dtype) else x, lambda operator: operator.astype(dtype)
+        )
 
     def to(self, target: Any) -> Operator:
         """The operator in another library or on another device: ``"numpy"``, ``"torch"``, ``"cupy"``, ``torch.device``."""
         library, device = (target, None) if target in ("numpy", "torch", "cupy") else ("torch", target)
-        return self._map(lambda x: arrays.convert(x, library, device))
+        return self._moved(library, device)
+
+    def _moved(self, library: str, device: Any) -> Operator:
+        return self._map(lambda x: arrays.convert(x, library, device), lambda part: part._moved(library, device))
 
     def to_dense(self) -> Array:
         """The dense matrix, an array ``(*batch, m, n)`` of the operator's library."""
@@ -427,18 +432,17 @@ def _restore(cls: type[Operator], values: tuple[Any, ...]) -> Operator:
     return cls._rebuild(*values)
 
 
-def _map_value(value: Any, function: Callable[[Array], Array]) -> Any:
+def _map_value(value: Any, array: Callable[[Array], Array], part: Callable[[Operator], Operator]) -> Any:
     if isinstance(value, Operator):
-        return value._map(function)
+        return part(value)
     if type(value) is tuple:
-        return tuple(_map_value(v, function) for v in value)
-    return function(value) if arrays.kind(value) is not None else value
+        return tuple(_map_value(v, array, part) for v in value)
+    return array(value) if arrays.kind(value) is not None else value
 
 
 def _leaves(value: Any) -> Iterator[Array]:
     if isinstance(value, Operator):
-        for v in value._values():
-            yield from _leaves(v)
+        yield from value.arrays
     elif isinstance(value, tuple):
         for v in value:
             yield from _leaves(v)

@@ -91,7 +91,8 @@ class Identity(Operator):
         self._init((n, n), _inexact(dtype, "Identity"), None, None, n=n)
 
     def _matmat(self, x: Array) -> Array:
-        return arrays.namespace(x).asarray(arrays.cast(x, result_dtype(self, x)), copy=True)
+        y = arrays.cast(x, result_dtype(self, x))
+        return arrays.copy(x) if y is x else y
 
     _rows = _matmat
 
@@ -106,6 +107,9 @@ class Identity(Operator):
 
     def _cast(self, dtype: DType) -> Operator:
         return Identity(self.n, dtype)
+
+    def _moved(self, library: str, device: Any) -> Operator:  # noqa: ARG002  (there is nothing on a device)
+        return Identity(self.n, arrays.dtype_for(self.dtype, library))
 
     @classmethod
     def random(cls, shape: int | tuple[int, int], *, dtype: DType = float, rng: Any = None) -> Identity:
@@ -162,6 +166,9 @@ class Zero(Operator):
 
     def _cast(self, dtype: DType) -> Operator:
         return Zero(self.shape, dtype)
+
+    def _moved(self, library: str, device: Any) -> Operator:  # noqa: ARG002  (there is nothing on a device)
+        return Zero(self.shape, arrays.dtype_for(self.dtype, library))
 
     @classmethod
     def random(cls, shape: tuple[int, int], *, dtype: DType = float, rng: Any = None) -> Zero:

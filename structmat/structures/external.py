@@ -62,21 +62,16 @@ class External(Operator):
             raise TypeError(f"astype: {type(self.matrix).__name__} has no stored values to cast")
         return External(self.matrix.astype(dtype))
 
-    def to(self, target: Any) -> Operator:
-        """Only ``"numpy"``: a SciPy object stays where it is."""
-        if target != "numpy":
-            raise TypeError(f"to: a SciPy {type(self.matrix).__name__} cannot move to {target!r}")
+    def _moved(self, library: str, device: Any) -> Operator:
+        if library != "numpy":
+            raise TypeError(f"to: a SciPy {type(self.matrix).__name__} cannot move to {device or library}")
         return self
 
     @property
-    def nparams(self) -> int:
-        """Stored numbers of a sparse matrix; 0 where the object does not say."""
-        return int(getattr(self.matrix, "nnz", 0))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored values of a sparse matrix; 0 where the object does not say."""
-        return self.nparams * arrays.itemsize(self.dtype)
+    def arrays(self) -> tuple[Array, ...]:
+        """The stored values of a sparse matrix; nothing where the object does not show them."""
+        data = getattr(self.matrix, "data", None)
+        return (data,) if isinstance(data, np.ndarray) else ()
 
     def _details(self) -> str:
         return type(self.matrix).__name__

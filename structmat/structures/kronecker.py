@@ -93,12 +93,6 @@ class Kronecker(Operator):
     def _transpose(self) -> Operator:
         return Kronecker(*(f.T for f in self.factors))
 
-    def _conj(self) -> Operator:
-        return Kronecker(*(f.conj() for f in self.factors))
-
-    def _cast(self, dtype: DType) -> Operator:
-        return Kronecker(*(f.astype(dtype) for f in self.factors))
-
     def _flops(self) -> int:
         sizes = [f.shape[-1] for f in self.factors]
         total = 0

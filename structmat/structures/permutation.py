@@ -79,6 +79,9 @@ class Permutation(Operator):
     def _cast(self, dtype: DType) -> Operator:
         return self._rebuild(self.index, dtype)
 
+    def _moved(self, library: str, device: Any) -> Operator:
+        return self._rebuild(arrays.convert(self.index, library, device), arrays.dtype_for(self.dtype, library))
+
     @classmethod
     def random(cls, shape: int | tuple[int, int], *, dtype: DType = float, rng: Any = None) -> Permutation:
         """A uniformly random permutation.

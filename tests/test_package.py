@@ -1,0 +1,121 @@
+"""The house: what importing costs, who imports whom, what is public and how it is described."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import structmat as sm
+
+ROOT = Path(sm.__file__).parent
+HEAVY = ("torch", "scipy", "numba", "cupy", "matplotlib", "jax", "array_api_compat", "tqdm", "safetensors")
+
+
+def run(code: str, *options: str) -> str:
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_import_brings_numpy_and_nothing_heavier():
+    out = run(f"import structmat, sys; print([m for m in {HEAVY} if m in sys.modules])")
+    assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["torch", "scipy", "array_api_compat", "matplotlib"])
+def test_a_broken_optional_package_does_not_break_the_import(name, tmp_path):
+    (tmp_path / f"{name}.py").write_text("raise RuntimeError('broken on purpose')\n")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import structmat as sm; print((sm.Monarch.random((4, 4)) @ [1, 2, 3, 4]).shape)"
+    assert run(code).strip() == "(4,)"
+
+
+FLOORS = {  # who may import whom; a module on a line may import those named on it and itself
+    "rules": set(),
+    "arrays": set(),
+    "patterns": set(),
+    "operator": {"rules", "arrays"},
+    "backends": {"arrays", "patterns"},
+    "algebra": {"operator", "rules", "arrays"},
+    "structures": {"operator", "backends", "arrays", "patterns"},
+    "identities": {"algebra", "structures", "operator", "rules", "arrays", "patterns"},
+    "linalg": {"identities", "algebra", "structures", "operator", "rules", "arrays", "patterns"},
+    "projection": {"linalg", "structures", "algebra", "operator", "arrays", "patterns"},
+    "testing": {"operator", "arrays"},
+    "plotting": {"projection", "structures", "operator", "arrays"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("structmat"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("structmat.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_an_import_never_runs_upward(path):
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    assert room in FLOORS, f"{room} has no place in the house"
+    assert imports_of(path) - {room} <= FLOORS[room]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_optional_packages_are_imported_where_they_are_used(path):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {m.split(".")[0] for m in modules} & set(HEAVY)
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Assert)], "errors are raised, never asserted"
+
+
+def public() -> dict[str, object]:
+    names = {f"structmat.{k}": v for k, v in vars(sm).items() if not k.startswith("_") and callable(v)}
+    for module in (sm.linalg, sm.testing, sm.backends):
+        short = module.__name__
+        names |= {
+            f"{short}.{k}": v
+            for k, v in vars(module).items()
+            if callable(v) and not k.startswith("_") and getattr(v, "__module__", "").startswith("structmat")
+        }
+    return names
+
+
+@pytest.mark.parametrize("name", sorted(public()))
+def test_everything_public_is_described(name):
+    thing = public()[name]
+    text = inspect.getdoc(thing) or ""
+    assert text.split("\n")[0].endswith((".", "``", ":")), "a summary of one line"
+    if getattr(thing, "__module__", "").startswith("structmat") and not name.endswith((".Backend", ".Any")):
+        assert ">>> " in text, "an example that runs"
+
+
+def test_names_that_others_rely_on():
+    expected = """Operator Dense Identity Zero Diagonal Permutation BlockDiagonal LowRank Kronecker Monarch BlockTensorTrain
+    Butterfly Chain BlockSparse flat_block_butterfly kron block_diag hstack vstack as_operator project linalg backends
+    use_backend testing""".split()
+    assert [n for n in expected if not hasattr(sm, n)] == []
+
+
+def test_every_structure_has_random_and_transposes_to_a_structure():
+    for cls in (sm.Dense, sm.Diagonal, sm.Permutation, sm.BlockDiagonal, sm.LowRank, sm.Kronecker, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly, sm.Chain, sm.BlockSparse):
+        a = cls.random((6, 6), rng=0)
+        assert type(a.T) is cls
+
+
+def test_a_structure_without_the_contract_is_refused_when_it_is_defined():
+    with pytest.raises(TypeError, match="_transpose"):
+
+        class Half(sm.Operator):
+            def _matmat(self, x):
+                return x
