@@ -35,8 +35,12 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python bench/operators.py
 
-docs: $(VENV)/.test
-	$(BIN)/python docs/build.py
+$(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/pdoc --docformat numpy --math --output-directory docs/api structmat '!structmat.backends.numpy'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -7,16 +7,22 @@ exact identity allows it; any dense matrix can be projected onto any family with
 Importing this package imports NumPy and nothing heavier.
 """
 
+from structmat import arrays as arrays
 from structmat import backends as backends
 from structmat import identities as identities
-from structmat import testing as testing
+from structmat import linalg as linalg
 from structmat import patterns as patterns
+from structmat import plotting as plotting
+from structmat import testing as testing
 from structmat.algebra import block_diag as block_diag
 from structmat.algebra import hstack as hstack
 from structmat.algebra import kron as kron
 from structmat.algebra import vstack as vstack
 from structmat.backends.selection import use_backend as use_backend
 from structmat.operator import Operator as Operator
+from structmat.projection import compress as _compress  # noqa: F401  (enters A.compress)
+from structmat.projection.certificate import Projection as Projection
+from structmat.projection.project import project as project
 from structmat.structures.block_diagonal import BlockDiagonal as BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse as BlockSparse
 from structmat.structures.block_sparse import flat_block_butterfly as flat_block_butterfly

@@ -599,11 +599,11 @@ def inverse_direct_sum(a: DirectSum) -> Any:
 
 @rule(INVERSE, Sum)
 def inverse_woodbury(a: Sum) -> Any:
-    """(D + U V)^-1 = D^-1 - D^-1 U (I + V D^-1 U)^-1 V D^-1 for diagonal D (Woodbury 1950)."""
+    """(D + U V)^-1 = D^-1 - D^-1 U (I + V D^-1 U)^-1 V D^-1 for an invertible diagonal D (Woodbury 1950)."""
     if len(a.terms) != 2:
         return NotImplemented
     d, low = a.terms if isinstance(a.terms[1], LowRank) else reversed(a.terms)
-    if not isinstance(low, LowRank) or not _is_diagonal(d):
+    if not isinstance(low, LowRank) or not _is_diagonal(d) or not all(bool((v != 0).all()) for v in d.arrays):
         return NotImplemented
     inverse = d.inv()
     left, right = inverse._matmat(_cast_operand(low.left, inverse)), inverse._rows(_cast_operand(low.right, inverse))

@@ -184,6 +184,15 @@ class Operator:
             raise np.linalg.LinAlgError(f"inv: expected a square operator, got shape {self.shape}")
         return rules.apply(rules.INVERSE, self)
 
+    def compress(self, *, tol: float | None = None, rank: int | None = None, budget: float | None = None) -> Any:
+        """The nearest operator of the same family with a smaller (block) rank, with a certificate, without a dense matrix.
+
+        Exactly one of ``tol`` (relative Frobenius error), ``rank`` and ``budget`` (parameters, a fraction of dense or a
+        count). Returns a :class:`structmat.Projection`. For low-rank and two-factor block-rank operators; raises
+        ``NotImplementedError`` for others and ``ValueError`` for options that do not fit.
+        """
+        return rules.FALLBACKS["compress"](self, tol, rank, budget)
+
     def astype(self, dtype: DType) -> Operator:
         """The operator with its values cast; itself where the dtype is already right.
 
@@ -198,7 +207,8 @@ class Operator:
 
     def _cast(self, dtype: DType) -> Operator:
         return self._map(
-            lambda x: arrays.cast(x, dtype) if arrays.is_inexact(x.dtype) else x, lambda operator: operator.astype(dtype)
+            lambda x: arrays.cast(x, dtype) if arrays.is_inexact(x.dtype) else x,
+            lambda operator: operator.astype(dtype),
         )
 
     def to(self, target: Any) -> Operator:

@@ -42,7 +42,7 @@ class Pattern(NamedTuple):
 
     def chain_rank(self, other: Pattern) -> int | None:
         """Rank ``r = a1*c1/a2 = b2*d2/d1`` of the pair ``self @ other`` if it is chainable, else ``None``."""
-        if other.a % self.a or self.d % other.d or self.cols != other.rows:
+        if 0 in self or 0 in other or other.a % self.a or self.d % other.d or self.cols != other.rows:
             return None
         if (self.a * self.c) % other.a or (other.b * other.d) % self.d:
             return None
@@ -116,17 +116,12 @@ def compose(first: AxisOrder | None, second: AxisOrder | None) -> tuple[bool, Ax
 
     The identity is ``None``.
     """
-    if first is None and second is None:
-        return True, None
     if first is None or second is None:
-        order = first if second is None else second
-        assert order is not None
-        p = order.permutation()
+        order = second if first is None else first
     else:
-        p = first.permutation()[second.permutation()]
-    order = axis_order(p)
-    if order is None:
-        return False, None
+        order = axis_order(first.permutation()[second.permutation()])
+        if order is None:
+            return False, None
     return True, None if is_identity(order) else order
 
 

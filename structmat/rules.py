@@ -30,7 +30,7 @@ def rule(operation: str, left: type, right: type = object, *, cancels: bool = Fa
     ----------
     operation
         One of ``"matmul"``, ``"add"``, ``"kron"`` (two operators), ``"scale"`` (operator, scalar), ``"inverse"``
-        (operator alone; ``right`` is then left out).
+        (operator alone; ``right`` is then left out), or the name of a function of ``structmat.linalg``.
     left, right
         The types the rule is for; subclasses inherit it.
     cancels

@@ -106,7 +106,11 @@ def _simple(dtype):
         yield f"diagonal-{n}", sm.Diagonal(v), np.diag(v)
         p = np.random.default_rng(n).permutation(n)
         yield f"permutation-{n}", sm.Permutation(p, dtype), np.eye(n, dtype=dtype)[p]
-    yield "diagonal-zero-entry", sm.Diagonal(np.array([1, 0, -2, 3, 0, 1], dtype)), np.diag([1, 0, -2, 3, 0, 1]).astype(dtype)
+    yield (
+        "diagonal-zero-entry",
+        sm.Diagonal(np.array([1, 0, -2, 3, 0, 1], dtype)),
+        np.diag([1, 0, -2, 3, 0, 1]).astype(dtype),
+    )
     p = np.arange(6).reshape(2, 3).T.ravel()
     yield "permutation-transposition", sm.Permutation(p, dtype), np.eye(6, dtype=dtype)[p]
     for shape in ((6, 6), (7, 5), (1, 1)):
@@ -114,7 +118,13 @@ def _simple(dtype):
 
 
 def _block_diagonal(dtype):
-    for (count, p, q), shape in (((3, 2, 2), None), ((2, 3, 3), None), ((2, 3, 4), None), ((4, 3, 2), (11, 7)), ((1, 1, 1), None)):
+    for (count, p, q), shape in (
+        ((3, 2, 2), None),
+        ((2, 3, 3), None),
+        ((2, 3, 4), None),
+        ((4, 3, 2), (11, 7)),
+        ((1, 1, 1), None),
+    ):
         b = entries((count, p, q), dtype, 5)
         full = block_diag(*b)
         m, n = shape or full.shape
@@ -128,7 +138,14 @@ def _low_rank(dtype):
 
 
 def _kronecker(dtype):
-    for shapes in (((2, 2), (3, 3)), ((2, 3), (3, 2)), ((2, 3), (1, 2), (4, 1)), ((3, 2), (2, 5)), ((1, 1), (1, 1)), ((7, 5),)):
+    for shapes in (
+        ((2, 2), (3, 3)),
+        ((2, 3), (3, 2)),
+        ((2, 3), (1, 2), (4, 1)),
+        ((3, 2), (2, 5)),
+        ((1, 1), (1, 1)),
+        ((7, 5),),
+    ):
         fs = [entries(s, dtype, 8 + i) for i, s in enumerate(shapes)]
         full = fs[0]
         for f in fs[1:]:
@@ -137,7 +154,11 @@ def _kronecker(dtype):
     d, m = entries((3,), dtype, 9), entries((2, 2), dtype, 10)
     yield "kronecker-of-operators", sm.Kronecker(sm.Dense(m), sm.Diagonal(d)), np.kron(m, np.diag(d))
     l, r = entries((2, 1, 2), dtype, 11), entries((2, 2, 1), dtype, 12)
-    yield "kronecker-of-monarch", sm.Kronecker(sm.Monarch(l, r), sm.Identity(3, dtype)), np.kron(dense_monarch(l, r), np.eye(3, dtype=dtype))
+    yield (
+        "kronecker-of-monarch",
+        sm.Kronecker(sm.Monarch(l, r), sm.Identity(3, dtype)),
+        np.kron(dense_monarch(l, r), np.eye(3, dtype=dtype)),
+    )
 
 
 def _monarch(dtype):
@@ -175,7 +196,8 @@ def _block_tensor_train(dtype):
         yield name + "-transposed", operator.T, full.T
     q, p, r = (2, 3, 2), (3, 2, 2), (1, 2, 3, 1)
     cores = [
-        entries((int(np.prod(p[:i])), int(np.prod(q[i + 1 :])), r[i] * q[i], p[i] * r[i + 1]), dtype, 17 + i) for i in range(3)
+        entries((int(np.prod(p[:i])), int(np.prod(q[i + 1 :])), r[i] * q[i], p[i] * r[i + 1]), dtype, 17 + i)
+        for i in range(3)
     ]
     order = AxisOrder(q, (2, 1, 0))
     yield "btt-3-cores-12x12", sm.BlockTensorTrain(cores), dense_chain(cores, None, order)
@@ -201,7 +223,11 @@ def _chain(dtype):
     yield "chain-with-orders", sm.Chain(fs, **orders), dense_chain(fs, None, **orders)
     yield "chain-with-orders-11x7", sm.Chain(fs, (11, 7), **orders), dense_chain(fs, (11, 7), **orders)
     square = [entries(s, dtype, 26 + i) for i, s in enumerate(((1, 3, 2, 2), (2, 1, 3, 3)))]
-    yield "chain-square-6x6", sm.Chain(square, None, AxisOrder((2, 3), (1, 0))), dense_chain(square, None, AxisOrder((2, 3), (1, 0)))
+    yield (
+        "chain-square-6x6",
+        sm.Chain(square, None, AxisOrder((2, 3), (1, 0))),
+        dense_chain(square, None, AxisOrder((2, 3), (1, 0))),
+    )
 
 
 def _block_sparse(dtype):
@@ -271,7 +297,11 @@ def _batched(dtype):
     yield "batched-diagonal", sm.Diagonal(v), stack(np.diag, v)
     yield "batched-low_rank", sm.LowRank(u, w), u @ w
     yield "batched-monarch", sm.Monarch(l, r), stack(dense_monarch, l, r)
-    yield "batched-kronecker", sm.Kronecker(a, entries((2, 2), dtype, 46)), stack(lambda x: np.kron(x, entries((2, 2), dtype, 46)), a)
+    yield (
+        "batched-kronecker",
+        sm.Kronecker(a, entries((2, 2), dtype, 46)),
+        stack(lambda x: np.kron(x, entries((2, 2), dtype, 46)), a),
+    )
     yield "batched-kronecker-right", sm.Kronecker(a[0], sm.Diagonal(v)), stack(lambda x: np.kron(a[0], np.diag(x)), v)
     yield "batched-block_diagonal", sm.BlockDiagonal(l), stack(lambda b: block_diag(*b), l)
     yield "batched-sum", sm.LowRank(u, w) + sm.Dense(a[0]), u @ w + a[0]

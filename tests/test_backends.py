@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,7 +36,11 @@ def layouts(draw):
         radices = draw(st.permutations(radices)) if radices else [1]
         cut = draw(st.integers(0, len(radices) - 1))
         radices = [*radices[:cut], math.prod(radices[cut:])]
-        return draw(st.one_of(st.none(), st.permutations(range(len(radices))).map(lambda p: AxisOrder(tuple(radices), tuple(p)))))
+        return draw(
+            st.one_of(
+                st.none(), st.permutations(range(len(radices))).map(lambda p: AxisOrder(tuple(radices), tuple(p)))
+            )
+        )
 
     rows, cols = patterns[0].rows, patterns[-1].cols
     m, n = rows - draw(st.integers(0, min(2, rows - 1))), cols - draw(st.integers(0, min(2, cols - 1)))
@@ -50,7 +55,11 @@ def test_strided_plans_equal_the_general_ones(layout, k, contiguous):
     strided, general = NumpyBackend().chain(layout, blocks), base.ChainPlan(layout, blocks)
     assert isinstance(strided, StridedChainPlan)
     x = rng.standard_normal((layout.cols, k))
-    rows = rng.standard_normal((k, layout.cols)) if contiguous else np.asfortranarray(rng.standard_normal((k, layout.cols)))
+    rows = (
+        rng.standard_normal((k, layout.cols))
+        if contiguous
+        else np.asfortranarray(rng.standard_normal((k, layout.cols)))
+    )
     assert np.allclose(strided.columns(x), general.columns(x))
     assert np.allclose(strided.rows(rows), general.rows(rows))
     out = np.empty((layout.rows, k))
@@ -70,7 +79,11 @@ def test_views_are_the_orders_they_stand_for(layout):
     assert np.array_equal(x.reshape(view.shape).transpose(axes).ravel(), natural)
 
 
-@given(st.lists(st.integers(1, 4), min_size=1, max_size=4).flatmap(lambda r: st.tuples(st.just(r), st.permutations(range(len(r))))))
+@given(
+    st.lists(st.integers(1, 4), min_size=1, max_size=4).flatmap(
+        lambda r: st.tuples(st.just(r), st.permutations(range(len(r))))
+    )
+)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_axis_orders_are_found_in_their_permutations(case):
     order = AxisOrder(tuple(case[0]), tuple(case[1]))
@@ -107,7 +120,7 @@ def test_sizes():
         patterns = butterfly_patterns(shape)
         assert patterns[0].rows >= shape[0]
         assert patterns[-1].cols >= shape[1]
-        assert all(p.chain_rank(q) == 1 for p, q in zip(patterns, patterns[1:], strict=False))
+        assert all(p.chain_rank(q) == 1 for p, q in itertools.pairwise(patterns))
     assert [tuple(p) for p in butterfly_patterns((8, 8), radix=2)] == [(1, 2, 2, 4), (2, 2, 2, 2), (4, 2, 2, 1)]
     assert butterfly_patterns((1000, 1000), radix=2)[0].rows == 1024
 
@@ -154,7 +167,11 @@ def test_a_backend_can_be_registered_and_chosen():
 
 
 def test_threads_share_an_operator():
-    operators = [sm.Monarch.random((60, 60), rng=0), sm.Kronecker.random((60, 60), rng=0), sm.Butterfly.random((64, 64), rng=0)]
+    operators = [
+        sm.Monarch.random((60, 60), rng=0),
+        sm.Kronecker.random((60, 60), rng=0),
+        sm.Butterfly.random((64, 64), rng=0),
+    ]
     rng = np.random.default_rng(0)
     jobs = [(a, rng.standard_normal((a.shape[1], 5))) for a in operators for _ in range(60)]
     expected = [a.to_dense() @ x for a, x in jobs]

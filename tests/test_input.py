@@ -178,7 +178,12 @@ def test_operands_of_wrong_kinds():
 
 def test_zero_sizes():
     for m, n in ((0, 3), (3, 0), (0, 0)):
-        for a in (sm.Dense(np.ones((m, n))), sm.Zero((m, n)), sm.LowRank(np.ones((m, 2)), np.ones((2, n))), sm.BlockDiagonal(np.ones((2, m, n)))):
+        for a in (
+            sm.Dense(np.ones((m, n))),
+            sm.Zero((m, n)),
+            sm.LowRank(np.ones((m, 2)), np.ones((2, n))),
+            sm.BlockDiagonal(np.ones((2, m, n))),
+        ):
             rows, cols = a.shape
             assert (a @ np.ones((cols, 4))).shape == (rows, 4)
             assert (a @ np.ones(cols)).shape == (rows,)
@@ -233,7 +238,17 @@ def test_misfits(case):
 
 
 def test_any_size_is_legal_for_every_family():
-    families = (sm.Dense, sm.BlockDiagonal, sm.LowRank, sm.Kronecker, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly, sm.Chain, sm.BlockSparse)
+    families = (
+        sm.Dense,
+        sm.BlockDiagonal,
+        sm.LowRank,
+        sm.Kronecker,
+        sm.Monarch,
+        sm.BlockTensorTrain,
+        sm.Butterfly,
+        sm.Chain,
+        sm.BlockSparse,
+    )
     for family in families:
         for m, n in ((1, 1), (1, 7), (13, 1), (13, 17), (31, 64), (97, 97), (6, 35)):
             a = family.random((m, n), rng=0)
@@ -255,7 +270,16 @@ def test_random_is_reproducible_and_takes_dtypes():
 
 
 def test_random_keeps_the_variance():
-    for family in (sm.LowRank, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly, sm.BlockDiagonal, sm.Dense, sm.BlockSparse, sm.Kronecker):
+    for family in (
+        sm.LowRank,
+        sm.Monarch,
+        sm.BlockTensorTrain,
+        sm.Butterfly,
+        sm.BlockDiagonal,
+        sm.Dense,
+        sm.BlockSparse,
+        sm.Kronecker,
+    ):
         variances = []
         for seed in range(20):
             x = np.random.default_rng(seed).standard_normal((256, 20))
@@ -265,3 +289,8 @@ def test_random_keeps_the_variance():
 
 def test_market_has_no_surprises_left_out():
     assert len(market()) > 350
+
+
+def test_diagonal_plus_low_rank_with_a_zero_on_the_diagonal_is_not_called_singular():
+    a = sm.Diagonal([0.0, 1.0, 2.0]) + sm.LowRank(np.ones((3, 1)), np.ones((1, 3)))
+    assert np.allclose(a.inv() @ (a @ np.arange(3.0)), np.arange(3.0))

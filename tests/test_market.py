@@ -79,7 +79,13 @@ def test_astype(pair, dtype):
 def test_promotion_with_the_operand(pair):
     a, d = pair.operator, pair.dense
     n = d.shape[-1]
-    for x in (np.arange(n), np.arange(n, dtype=np.float32), np.arange(n) * (1 + 1j), np.arange(n) % 2 == 0, list(range(n))):
+    for x in (
+        np.arange(n),
+        np.arange(n, dtype=np.float32),
+        np.arange(n) * (1 + 1j),
+        np.arange(n) % 2 == 0,
+        list(range(n)),
+    ):
         expected = d @ np.asarray(x)
         got = a @ x
         assert got.dtype == np.result_type(d.dtype, np.asarray(x).dtype)
@@ -228,7 +234,9 @@ def test_inverse(pair):
                 a.inv() @ np.linspace(1, 2, d.shape[-1])
         return
     expected = np.linalg.inv(d)
-    if isinstance(a, (sm.Dense, sm.Diagonal, sm.Permutation, sm.Identity, sm.BlockDiagonal)) and not getattr(a, "padded", False):
+    if isinstance(a, (sm.Dense, sm.Diagonal, sm.Permutation, sm.Identity, sm.BlockDiagonal)) and not getattr(
+        a, "padded", False
+    ):
         assert type(a.inv()) is type(a)
     inverse = a.inv()
     if condition < 1e6:
@@ -250,7 +258,9 @@ def test_asarray(pair):
 
 def test_the_market_is_complete():
     present = {type(p.operator) for p in ALL}
-    public = {v for v in vars(sm).values() if isinstance(v, type) and issubclass(v, sm.Operator) and v is not sm.Operator}
+    public = {
+        v for v in vars(sm).values() if isinstance(v, type) and issubclass(v, sm.Operator) and v is not sm.Operator
+    }
     lazy = {v for v in vars(sm.algebra).values() if isinstance(v, type) and issubclass(v, sm.Operator)}
     missing = (public | lazy) - present - {sm.Operator, sm.algebra._Combination}
     assert not missing

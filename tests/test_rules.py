@@ -82,7 +82,9 @@ def related(pool):
 @pytest.mark.parametrize(("operation", "left", "right", "function"), all_rules(BINARY))
 def test_binary_rule(operation, left, right, function):
     fired = 0
-    cases = [(p.operator, q.operator, p.dense, q.dense) for p, q in product(members(left, PAIRS), members(right, PAIRS))]
+    cases = [
+        (p.operator, q.operator, p.dense, q.dense) for p, q in product(members(left, PAIRS), members(right, PAIRS))
+    ]
     cases += related(PAIRS)
     if len(cases) > 1500:  # rules for any operator: thin out, but keep every related pair
         cases = cases[:: len(cases) // 1000] + related(PAIRS)
@@ -120,7 +122,9 @@ def test_inverse_rule(operation, left, right, function):
     fired = 0
     pool = [p for p in small_market() if isinstance(p.operator, left) and p.operator.is_square and p.dense.ndim == 2]
     for p in pool:
-        if not np.linalg.cond(p.dense) < 1e8:  # singular ones: test_market.py; here those that a rule is there to refuse
+        if (
+            not np.linalg.cond(p.dense) < 1e8
+        ):  # singular ones: test_market.py; here those that a rule is there to refuse
             if isinstance(p.operator, sm.Zero):
                 with pytest.raises(np.linalg.LinAlgError, match="singular"):
                     function(p.operator)

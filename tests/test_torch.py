@@ -60,7 +60,9 @@ def test_gradients_are_those_of_the_dense_matrix(pair):
             assert float((u - v).abs().max() if u.numel() else 0) <= 1e3 * tolerance(np.float64) * scale
 
 
-@pytest.mark.parametrize("family", [sm.LowRank, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly, sm.Kronecker, sm.BlockDiagonal])
+@pytest.mark.parametrize(
+    "family", [sm.LowRank, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly, sm.Kronecker, sm.BlockDiagonal]
+)
 def test_gradcheck(family):
     a = family.random((6, 6), dtype=torch.float64, rng=0)
     leaves = [x.clone().requires_grad_() for x in a.arrays]

@@ -125,6 +125,8 @@ class StridedChainPlan(base.ChainPlan):
         m, n = self.layout.rows, self.layout.cols
         lead = x.shape[:-1]
         x = x.reshape(math.prod(lead), n)
+        if x.shape[0] == 1:  # one row is one column
+            return self.columns(x.reshape(n, 1)).reshape(*lead, m)
         dtype = np.result_type(self.dtype, x.dtype)
         y = np.empty((x.shape[0], m), dtype)
         chunk = max(64, CACHE_BYTES // (dtype.itemsize * max(1, self.widest)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from operator import index
 from typing import Any, Self
 
 import numpy as np
@@ -211,8 +212,10 @@ def split_counts(blocks: int | tuple[int, int] | None, shape: tuple[int, int]) -
 
     Raises ``ValueError`` for counts that are not between 1 and the size.
     """
-    counts = blocks if isinstance(blocks, tuple) else (blocks, blocks)
-    chosen = [default_count(size) if count is None else int(count) for count, size in zip(counts, shape, strict=True)]
+    counts = tuple(blocks) if isinstance(blocks, (tuple, list)) else (blocks, blocks)
+    if len(counts) != 2:
+        raise ValueError(f"blocks: expected a number or (row blocks, column blocks), got {blocks}")
+    chosen = [default_count(size) if count is None else index(count) for count, size in zip(counts, shape, strict=True)]
     for count, size in zip(chosen, shape, strict=True):
         if not 1 <= count <= max(size, 1):
             raise ValueError(f"blocks: expected between 1 and {max(size, 1)} for size {size}, got {count}")

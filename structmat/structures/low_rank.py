@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any
 
 from structmat import arrays
@@ -75,7 +76,7 @@ class LowRank(Chain):
         28
         """
         m, n = check_size(shape)
-        r = max(1, min(m, n) // 4) if rank is None else int(rank)
+        r = max(1, min(m, n) // 4) if rank is None else index(rank)
         if r < 0:
             raise ValueError(f"rank: expected at least 0, got {rank}")
         left, right = random_factors([(1, m, r, 1), (1, r, n, 1)], dtype, rng)

@@ -1,0 +1,1 @@
+"""Projection: any matrix onto a structured family, with a certificate."""

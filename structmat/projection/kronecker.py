@@ -1,0 +1,176 @@
+"""Kronecker products and sums of them: an SVD of the rearranged matrix, power iterations for three and more factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from structmat.algebra import Sum
+from structmat.projection.certificate import frobenius
+from structmat.projection.selection import Ladder, Request, Solution, choose
+from structmat.projection.svd import gram_tail, safe_bound, singular_values, svd, tails, truncate
+from structmat.structures.kronecker import Kronecker, kronecker_shapes
+
+Shapes = tuple[tuple[int, int], ...]
+
+_SWEEPS = 200
+_STALLED = 1e-13  # relative growth of the captured norm at which the power iteration stops
+_ROUNDING = 1e-13  # relative error below which a better lower bound says nothing
+
+
+def project_kronecker(target: np.ndarray, request: Request) -> Solution:
+    """The nearest Kronecker product, or sum of ``terms`` products of two factors.
+
+    A budget or a tolerance without ``shapes`` compares the two near-square splits ``(m1, n1), (m2, n2)``; where neither
+    meets a budget it takes the split with the fewest parameters.
+    """
+    shape = (target.shape[0], target.shape[1])
+    shapes = request.shapes or tuple(kronecker_shapes(shape))
+    check_shapes(shapes, shape)
+    if len(shapes) == 1 and not request.free and (request.terms or 1) == 1:
+        return Solution(Kronecker(target.copy()), 0.0, "copy (exact)")
+    if len(shapes) != 2:
+        if request.free or (request.terms or 1) > 1:
+            raise ValueError(
+                f"shapes: terms, a budget or a tolerance need two factors (more have no SVD), got {len(shapes)}"
+            )
+        return rank_one(target, shapes)
+    splits = [shapes]
+    if request.free and request.shapes is None:
+        splits = near_square_splits(shape)
+        if request.limit is not None:
+            splits = [a for a in splits if parameters(a) <= request.limit] or [cheapest_split(shape)]
+    return kronecker_sum(target, request, splits)
+
+
+def kronecker_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]) -> Solution:
+    """The nearest sum of Kronecker products of two factors: optimal.
+
+    The rearranged matrix ``R[(i1 k1), (i2 k2)] = W[(i1 i2), (k1 k2)]`` of ``sum_t X_t (x) Y_t`` is
+    ``sum_t vec(X_t) vec(Y_t)^T``, so that its truncated SVD is the answer and ``error**2 = sum of the discarded s**2``.
+    Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993. Cost: one thin SVD of ``R``.
+    """
+    if len(splits) > 1:
+        ladders = [Ladder(a, parameters(a), tails(singular_values(unfold(target, a)))) for a in splits]
+        shapes, terms = choose(ladders, request)
+        u, s, vh = svd(unfold(target, shapes))
+    else:
+        (shapes,) = splits
+        u, s, vh = svd(unfold(target, shapes))
+        terms = request.terms or choose([Ladder(shapes, parameters(shapes), tails(s))], request)[1]
+    x, y = truncate(u, s, vh, terms)
+    products = [
+        Kronecker(np.ascontiguousarray(x[:, t]).reshape(shapes[0]), y[t].reshape(shapes[1])) for t in range(terms)
+    ]
+    bound = safe_bound(float(tails(s)[min(terms, len(s))]), request.norm, max(x.shape[0], y.shape[1]))
+    return Solution(products[0] if terms == 1 else Sum(*products), bound, "Van Loan-Pitsianis SVD (optimal)")
+
+
+def rank_one(target: np.ndarray, shapes: Shapes) -> Solution:
+    """A Kronecker product of any number of factors: the rearranged tensor is approximated by one of rank 1.
+
+    Successive SVDs (within ``sqrt(k - 1)`` of the best, Oseledets 2011), then the higher-order power method: every update
+    is the best factor for the others, so that the error never grows (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix
+    Anal. Appl. 21, 2000). The problem is NP-hard in general: the result is a local optimum. Cost: about ``m n`` times the
+    smallest factor size for the start, ``2 m n`` for each update of a small factor.
+    """
+    tensor = unfold(target, shapes)
+    vectors, captured = power_iteration(tensor, successive_svd(tensor))
+    scale = captured ** (1.0 / len(shapes))
+    factors = [(scale * v).reshape(s) for v, s in zip(vectors, shapes, strict=True)]
+    norm = frobenius(target)
+    error = frobenius(tensor - captured * outer(vectors))
+    bound = 0.0
+    if error > _ROUNDING * norm:
+        bound = max((gram_tail(matrix, 1) for matrix in unfoldings(tensor)), default=0.0)
+    return Solution(Kronecker(*factors), bound, "successive SVDs, then higher-order power iterations")
+
+
+def unfold(target: np.ndarray, shapes: Shapes) -> np.ndarray:
+    """The matrix as a tensor ``(m1 n1, m2 n2, ...)``, one axis per factor."""
+    rows, cols = [s[0] for s in shapes], [s[1] for s in shapes]
+    count = len(shapes)
+    axes = [axis for i in range(count) for axis in (i, count + i)]
+    return target.reshape(*rows, *cols).transpose(axes).reshape([m * n for m, n in shapes])
+
+
+def unfoldings(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """Matrices of rank 1 if the tensor has rank 1: leading axes against the others, and each axis against the others."""
+    for i in range(1, tensor.ndim):
+        yield tensor.reshape(math.prod(tensor.shape[:i]), -1)
+    for i in range(1, tensor.ndim - 1):
+        yield np.moveaxis(tensor, i, 0).reshape(tensor.shape[i], -1)
+
+
+def successive_svd(tensor: np.ndarray) -> list[np.ndarray]:
+    """Unit vectors, one per axis, whose outer product is near the tensor up to a factor."""
+    vectors, rest = [], tensor
+    for size in tensor.shape[:-1]:
+        u, s, vh = svd(rest.reshape(size, -1))
+        vectors.append(u[:, 0])
+        rest = s[0] * vh[0]
+    last = rest.ravel()
+    norm = frobenius(last)
+    return [*vectors, last / norm if norm else last]
+
+
+def power_iteration(tensor: np.ndarray, vectors: list[np.ndarray]) -> tuple[list[np.ndarray], float]:
+    """Better unit vectors, and the norm of the tensor along them, which no step decreases."""
+    captured = 0.0
+    for _ in range(_SWEEPS):
+        before, head = captured, tensor.ravel()
+        for i, size in enumerate(tensor.shape):
+            update = head
+            for v in reversed(vectors[i + 1 :]):
+                update = update.reshape(-1, v.size) @ v.conj()
+            captured = frobenius(update)
+            if captured == 0.0:  # nothing along these vectors, as for the zero matrix
+                return vectors, 0.0
+            vectors[i] = update / captured
+            head = vectors[i].conj() @ head.reshape(size, -1)
+        if captured <= before * (1.0 + _STALLED):
+            break
+    return vectors, captured
+
+
+def outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """The outer product of vectors, one axis each."""
+    product = np.ones(())
+    for v in vectors:
+        product = np.multiply.outer(product, v)
+    return product
+
+
+def parameters(shapes: Shapes) -> int:
+    """Stored numbers of one product."""
+    return sum(m * n for m, n in shapes)
+
+
+def near_square_splits(shape: tuple[int, int]) -> list[Shapes]:
+    """The near-square factor shapes in both orders; a 1x1 factor, which leaves the other dense, only if there is no other."""
+    first, second = kronecker_shapes(shape)
+    if (1, 1) in (first, second):
+        return [cheapest_split(shape)]
+    return list(dict.fromkeys([(first, second), (second, first)]))
+
+
+def cheapest_split(shape: tuple[int, int]) -> Shapes:
+    """The shapes of two factors with the fewest parameters."""
+    m, n = shape
+    splits = [((a, b), (m // a, n // b)) for a in divisors(m) for b in divisors(n)]
+    return min(splits, key=parameters)
+
+
+def divisors(n: int) -> list[int]:
+    """Divisors of ``n``, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def check_shapes(shapes: Shapes, shape: tuple[int, int]) -> None:
+    """``ValueError`` unless the factor shapes multiply to ``shape``."""
+    product = (math.prod(s[0] for s in shapes), math.prod(s[1] for s in shapes))
+    if product != shape:
+        raise ValueError(f"shapes: {list(shapes)} multiply to {product}, expected {shape}")
