@@ -141,3 +141,12 @@ def sort_descending(x: Array) -> Array:
     """Values sorted from large to small along the last axis."""
     xp = arrays.namespace(x)
     return xp.flip(xp.sort(x, axis=-1), axis=-1)
+
+
+def outer(vectors: list[Array]) -> Array:
+    """All products of one entry of each vector ``(*batch, n_i)``, the last index fast."""
+    result = vectors[0]
+    for x in vectors[1:]:
+        result = result[..., :, None] * x[..., None, :]
+        result = result.reshape(*result.shape[:-2], -1)
+    return result

@@ -12,7 +12,7 @@ from structmat.algebra import DirectSum, Scaled, Sum
 from structmat.arrays import Array
 from structmat.linalg.base import check_hermitian, check_square, constant, epsilon, lapack, like, namespace, unknown
 from structmat.linalg.chains import is_block_diagonal, is_square_blocks, split
-from structmat.linalg.spectrum import diagonal, trace
+from structmat.linalg.diagonal import diagonal, trace
 from structmat.operator import Operator
 from structmat.rules import apply, fallback, rule
 from structmat.structures.chain import Chain

@@ -13,7 +13,7 @@ from structmat.arrays import Array, DType
 from structmat.linalg.base import adjoint, check, check_square, epsilon, lapack, namespace, parts, unknown
 from structmat.linalg.chains import blocks_of, is_block_diagonal, is_square_blocks, split, thin_svd, waist
 from structmat.linalg.norms import norm
-from structmat.linalg.spectrum import matrix_rank, svdvals
+from structmat.linalg.singular import matrix_rank, svdvals
 from structmat.linalg.update import bordered
 from structmat.operator import Operator
 from structmat.rules import apply, fallback, rule
