@@ -16,12 +16,12 @@ from structmat.linalg.eigen import eigvals as eigvals
 from structmat.linalg.eigen import eigvalsh as eigvalsh
 from structmat.linalg.functions import cholesky as cholesky
 from structmat.linalg.functions import expm as expm
+from structmat.linalg.least_squares import LstsqResult as LstsqResult
+from structmat.linalg.least_squares import lstsq as lstsq
+from structmat.linalg.least_squares import pinv as pinv
 from structmat.linalg.norms import norm as norm
 from structmat.linalg.singular import cond as cond
 from structmat.linalg.singular import matrix_rank as matrix_rank
 from structmat.linalg.singular import svdvals as svdvals
-from structmat.linalg.solve import LstsqResult as LstsqResult
 from structmat.linalg.solve import inv as inv
-from structmat.linalg.solve import lstsq as lstsq
-from structmat.linalg.solve import pinv as pinv
 from structmat.linalg.solve import solve as solve

@@ -150,3 +150,19 @@ def outer(vectors: list[Array]) -> Array:
         result = result[..., :, None] * x[..., None, :]
         result = result.reshape(*result.shape[:-2], -1)
     return result
+
+
+def right_hand_side(a: Operator, b: Array, what: str) -> Array:
+    """``b`` checked against the rows of ``a``."""
+    b = arrays.operand(b, a, what)
+    axis = -1 if b.ndim == 1 else -2
+    if b.ndim == 0 or b.shape[axis] != a.shape[-2]:
+        raise ValueError(
+            f"{what}: an operator of shape {a.shape} needs b of shape ({a.shape[-2]},) or (..., {a.shape[-2]}, k), "
+            f"got {tuple(b.shape)}"
+        )
+    try:
+        np.broadcast_shapes(a.batch_shape, tuple(b.shape[:-2]))
+    except ValueError:
+        raise ValueError(f"{what}: batch dimensions of {a.shape} and {tuple(b.shape)} do not broadcast") from None
+    return b
