@@ -393,8 +393,9 @@ def add(left: Operator, right: Operator) -> Operator:
     """The sum in lowest terms: flat, a new term merged into the first term that a rule lets it join."""
     terms = list(left.terms) if isinstance(left, Sum) else [left]
     asked = not isinstance(left, Sum) and not isinstance(right, Sum)
+    window = range(max(0, len(terms) - MERGE_WINDOW), len(terms))  # terms of one sum have met each other already
     for term in right.terms if isinstance(right, Sum) else (right,):
-        for i in range(max(0, len(terms) - MERGE_WINDOW), len(terms)):
+        for i in window:
             merged = NotImplemented if asked else rules.find(ADD, terms[i], term)
             if merged is not NotImplemented:
                 terms[i] = merged
@@ -516,13 +517,13 @@ def block_diag(*operators: Any) -> Operator:
 def index(operator: Operator, key: Any) -> Any:
     """``A[key]`` with NumPy's meaning: an entry, a row or column, entries at index pairs, or a submatrix (an operator)."""
     keys = list(key) if isinstance(key, tuple) else [key]
-    if keys and keys[0] is Ellipsis:
-        keys = keys[1:]
-    elif operator.batch_shape:
+    dots = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if dots:
+        keys[dots[0] : dots[0] + 1] = [slice(None)] * (3 - len(keys))
+    if operator.batch_shape and dots[:1] != [0]:
         raise IndexError(
             f"A[...]: shape {operator.shape} has batch dimensions; index the matrix axes with A[..., rows, cols]"
         )
-    keys = [slice(None) if k is Ellipsis else k for k in keys]
     keys += [slice(None)] * (2 - len(keys))
     if len(keys) > 2:
         raise IndexError(f"A[...]: {len(keys)} indices for a matrix of shape {operator.shape}")

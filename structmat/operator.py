@@ -230,13 +230,14 @@ class Operator:
         if copy is False:
             raise ValueError("asarray(A, copy=False): an operator has no dense matrix to share; use A.to_dense()")
         dense = arrays.convert(self.to_dense(), "numpy")
-        return dense if dtype is None else dense.astype(dtype, copy=False)
+        return dense.astype(dense.dtype if dtype is None else dtype, copy=bool(copy))
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(function, "__name__", str(function))
+        home = getattr(function, "__module__", "numpy")
         raise TypeError(
-            f"numpy.{name} does not take operators: use structmat.{name} or structmat.linalg.{name} where it exists, "
-            f"or numpy.{name}(A.to_dense())"
+            f"{home}.{name} does not take operators: use structmat.{name} or structmat.linalg.{name} where it exists, "
+            f"or {home}.{name}(A.to_dense())"
         )
 
     def to_scipy(self) -> Any:
@@ -285,6 +286,8 @@ class Operator:
         if x.ndim == 2 and tuple(x.shape) == (n, 1):
             y = self._matmat(x)
         elif x.ndim >= 1 and x.shape[-1] == n:
+            if self.batch_shape and x.ndim > 1:
+                _check_batches(self.shape, tuple(x.shape), core=1)
             y = self._matmat(x[:, None])[..., 0] if x.ndim == 1 else self._vectors(x)
         else:
             raise ValueError(f"matvec: {self.shape} applied to {tuple(x.shape)}: expected shape (..., {n})")
@@ -304,6 +307,8 @@ class Operator:
         m = self.shape[-2]
         if x.ndim == 0 or x.shape[-1] != m:
             raise _mismatch(x.shape, self.shape, x.shape[-1] if x.ndim else 0, m)
+        if self.batch_shape and x.ndim > 2:
+            _check_batches(tuple(x.shape), self.shape)
         transposed = self.T
         return transposed._matmat(x[:, None])[..., 0] if x.ndim == 1 else transposed._rows(x)
 
@@ -367,7 +372,9 @@ class Operator:
     def __truediv__(self, scalar: Any) -> Operator:
         if not _is_scalar(scalar):
             raise TypeError(f"/: expected a scalar, got {type(scalar).__name__}; for A / B use A @ B.inv()")
-        return self * (1 / scalar)
+        if isinstance(scalar, (np.generic, np.ndarray)) and self.kind in (None, "numpy"):
+            scalar = np.asarray(scalar, dtype=np.result_type(self.dtype, scalar))[()]  # 1/c in the result's precision
+        return self * (1 / scalar)  # pyright: ignore[reportOperatorIssue]
 
     def __neg__(self) -> Operator:
         return self * -1
@@ -415,14 +422,14 @@ def check_operator(other: Any, sign: str, owner: Operator) -> None:
         raise TypeError(
             f"{sign}: cannot combine an operator of shape {owner.shape} with a scalar; add c * structmat.Identity(n)"
         )
-    raise TypeError(f"{sign}: expected an operator, got {type(other).__name__}; wrap arrays with structmat.Dense(x)")
+    raise TypeError(f"{sign}: expected an operator, got {type(other).__name__}; wrap it with structmat.as_operator(x)")
 
 
-def _check_batches(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+def _check_batches(left: tuple[int, ...], right: tuple[int, ...], core: int = 2) -> None:
     try:
-        np.broadcast_shapes(left[:-2], right[:-2])
+        np.broadcast_shapes(left[:-2], right[:-core])
     except ValueError:
-        raise ValueError(f"matmul: {left} @ {tuple(right)}: batch dimensions do not broadcast") from None
+        raise ValueError(f"matmul: {left} @ {right}: batch dimensions do not broadcast") from None
 
 
 def _mismatch(left: Any, right: Any, inner: int, outer: int) -> ValueError:

@@ -1,9 +1,9 @@
 """The rule table: ``(operation, left type, right type) -> small functions``, and its lookup.
 
 A rule is one exact identity. It checks its own condition and declines with ``NotImplemented``. Rules are searched in
-one fixed order: cancellations first, then along the method resolution order of the left type (outside) and of the right
-type (inside); the first answer that is not ``NotImplemented`` wins. Where no rule answers, the operation's fallback
-builds the lazy result. The order of candidates is cached per pair of types.
+one fixed order: cancellations first, in the order in which they were entered, then the rest along the method resolution
+order of the left type (outside) and of the right type (inside); the first answer that is not ``NotImplemented`` wins.
+Where no rule answers, the operation's fallback builds the lazy result. The order is cached per pair of types.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def candidates(operation: str, left: type, right: type = object) -> tuple[Rule, 
     key = (operation, left, right)
     found = _candidates.get(key)
     if found is None:
+        fitting = [k for k in CANCELLATIONS if k[0] == operation and issubclass(left, k[1]) and issubclass(right, k[2])]
         pairs = [(operation, a, b) for a in left.__mro__ for b in right.__mro__]
-        found = tuple(f for table in (CANCELLATIONS, TABLE) for pair in pairs for f in table.get(pair, ()))
-        _candidates[key] = found
+        cancelling = [f for k in fitting for f in CANCELLATIONS[k]]
+        found = _candidates[key] = (*cancelling, *(f for pair in pairs for f in TABLE.get(pair, ())))
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -31,36 +32,33 @@ class External(Operator):
     """
 
     __slots__ = ("matrix",)
-    fields = ("matrix",)
+    fields = ("matrix", "dtype")
     matrix: Any
 
-    def __init__(self, matrix: Any) -> None:
-        dtype = np.dtype(matrix.dtype)
-        if dtype.kind in "iub" and hasattr(matrix, "astype"):
-            matrix, dtype = matrix.astype(np.float64), np.dtype(np.float64)
-        if dtype.kind not in "fciub":
-            raise TypeError(f"as_operator: expected numbers, got dtype {dtype}")
-        dtype = np.dtype(np.float64) if dtype.kind in "iub" else dtype
-        self._init(tuple(int(s) for s in matrix.shape), dtype, "numpy", "cpu", matrix=matrix)
+    def __init__(self, matrix: Any, dtype: DType = None) -> None:
+        own = np.dtype(matrix.dtype)
+        if own.kind not in "fciub":
+            raise TypeError(f"as_operator: expected numbers, got dtype {own}")
+        if dtype is None:
+            dtype = np.dtype(np.float64) if own.kind in "iub" else own
+        if own != dtype and hasattr(matrix, "astype"):
+            matrix = matrix.astype(dtype)
+        self._init(tuple(int(s) for s in matrix.shape), np.dtype(dtype), "numpy", "cpu", matrix=matrix)
 
     def _matmat(self, x: Array) -> Array:
-        if x.ndim == 2:
-            return np.asarray(self.matrix @ x)
-        n, k = x.shape[-2:]
-        flat = np.moveaxis(x, -2, 0).reshape(n, -1)
-        y = np.asarray(self.matrix @ flat).reshape(-1, *x.shape[:-2], k)
-        return np.moveaxis(y, 0, -2)
+        (n, k), lead = x.shape[-2:], x.shape[:-2]
+        flat = np.moveaxis(x, -2, 0).reshape(n, math.prod(lead) * k)
+        y = np.asarray(self.matrix @ flat).astype(np.result_type(self.dtype, x.dtype), copy=False)
+        return np.moveaxis(y.reshape(self.shape[-2], *lead, k), 0, -2)
 
     def _transpose(self) -> Operator:
-        return External(self.matrix.T)
+        return External(self.matrix.T, self.dtype)
 
     def _conj(self) -> Operator:
-        return External(self.matrix.conj() if hasattr(self.matrix, "conj") else self.matrix.H.T)
+        return External(self.matrix.conj() if hasattr(self.matrix, "conj") else self.matrix.H.T, self.dtype)
 
     def _cast(self, dtype: DType) -> Operator:
-        if not hasattr(self.matrix, "astype"):
-            raise TypeError(f"astype: {type(self.matrix).__name__} has no stored values to cast")
-        return External(self.matrix.astype(dtype))
+        return External(self.matrix, dtype)
 
     def _moved(self, library: str, device: Any) -> Operator:
         if library != "numpy":
