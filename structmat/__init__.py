@@ -34,9 +34,15 @@ from structmat.structures.diagonal import Diagonal as Diagonal
 from structmat.structures.diagonal import Identity as Identity
 from structmat.structures.diagonal import Zero as Zero
 from structmat.structures.external import as_operator as as_operator
+from structmat.structures.interpolative import Interpolative as Interpolative
 from structmat.structures.kronecker import Kronecker as Kronecker
 from structmat.structures.low_rank import LowRank as LowRank
 from structmat.structures.monarch import Monarch as Monarch
 from structmat.structures.permutation import Permutation as Permutation
+from structmat.structures.toeplitz import Circulant as Circulant
+from structmat.structures.toeplitz import Toeplitz as Toeplitz
+from structmat.structures.transforms import cosine as cosine
+from structmat.structures.transforms import fourier as fourier
+from structmat.structures.transforms import hadamard as hadamard
 
 __version__ = "0.1.0"

@@ -35,10 +35,13 @@ from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.chain import Chain
 from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
+from structmat.structures.interpolative import Interpolative
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
 from structmat.structures.permutation import Permutation
+from structmat.structures.toeplitz import Circulant, Toeplitz
+from structmat.structures.transforms import Cosine, Fourier
 
 # ---- what vanishes ------------------------------------------------------------------------------------------------------
 
@@ -222,6 +225,12 @@ def scale_chain(a: Chain, c: Any) -> Any:
     return a.with_factors((*a.factors[:i], c * a.factors[i], *a.factors[i + 1 :]))
 
 
+@rule(SCALE, Interpolative)
+def scale_interpolative(a: Interpolative, c: Any) -> Any:
+    """C (P [I; T] B) = P [I; T] (c B)."""
+    return a.with_values(a.coefficients, c * a.basis)
+
+
 @rule(SCALE, BlockSparse)
 def scale_block_sparse(a: BlockSparse, c: Any) -> Any:
     """C A, blockwise."""
@@ -236,6 +245,18 @@ def scale_kronecker(a: Kronecker, c: Any) -> Any:
         if scaled is not NotImplemented and not isinstance(scaled, Scaled):
             return Kronecker(*a.factors[:i], scaled, *a.factors[i + 1 :])
     return NotImplemented
+
+
+@rule(SCALE, Toeplitz)
+def scale_toeplitz(a: Toeplitz, c: Any) -> Any:
+    """C T, column and row."""
+    return Toeplitz(c * a.column, c * a.row)
+
+
+@rule(SCALE, Circulant)
+def scale_circulant(a: Circulant, c: Any) -> Any:
+    """C C, the column."""
+    return Circulant(c * a.column)
 
 
 # ---- products -----------------------------------------------------------------------------------------------------------
@@ -388,6 +409,26 @@ def chain_chain(a: Chain, b: Chain) -> Any:
     return family._rebuild((*a.factors[:-1], fused, *b.factors[1:]), shape, a.out_order, b.in_order)
 
 
+@rule(MATMUL, Circulant, Circulant)
+def circulant_circulant(a: Circulant, b: Circulant) -> Any:
+    """C(v) C(w) = C(v * w), the circular convolution of the columns."""
+    return Circulant(a._matmat(_cast_operand(b.column, a)[:, None])[:, 0])
+
+
+@rule(MATMUL, Fourier, Fourier)
+def fourier_fourier(a: Fourier, b: Fourier) -> Any:
+    """F conj(F) = n I."""
+    if a.conjugate == b.conjugate:
+        return NotImplemented
+    return Scaled(float(a.n), Identity(a.n, arrays.promote(a.dtype, b.dtype)))
+
+
+@rule(MATMUL, Cosine, Cosine)
+def cosine_cosine(a: Cosine, b: Cosine) -> Any:
+    """C C^T = I for the orthonormal transform."""
+    return Identity(a.n, arrays.promote(a.dtype, b.dtype)) if a.type != b.type else NotImplemented
+
+
 @rule(MATMUL, Kronecker, Kronecker)
 def kronecker_kronecker(a: Kronecker, b: Kronecker) -> Any:
     """(A (x) B) (C (x) D) = (A C) (x) (B D) if the inner sizes agree factor by factor."""
@@ -497,6 +538,18 @@ def kronecker_sum(a: Kronecker, b: Kronecker) -> Any:
     return Kronecker(*a.factors[:i], a.factors[i] + b.factors[i], *a.factors[i + 1 :])
 
 
+@rule(ADD, Toeplitz, Toeplitz)
+def toeplitz_sum(a: Toeplitz, b: Toeplitz) -> Any:
+    """Columns and rows are added."""
+    return Toeplitz(a.column + b.column, a.row + b.row)
+
+
+@rule(ADD, Circulant, Circulant)
+def circulant_sum(a: Circulant, b: Circulant) -> Any:
+    """C(v) + C(w) = C(v + w)."""
+    return Circulant(a.column + b.column)
+
+
 @rule(ADD, DirectSum, DirectSum)
 def direct_sum_sum(a: DirectSum, b: DirectSum) -> Any:
     """diag(A, B) + diag(C, D) = diag(A + C, B + D) if the partitions agree."""
@@ -570,6 +623,30 @@ def inverse_chain(a: Chain) -> Any:
         a.in_order.T if a.in_order else None,
         a.out_order.T if a.out_order else None,
     )
+
+
+@rule(INVERSE, Circulant)
+def inverse_circulant(a: Circulant) -> Any:
+    """C(v)^-1 = F^-1 diag(1 / F v) F."""
+    xp = arrays.namespace(a.column)
+    spectrum = xp.fft.fft(a.column)
+    size = xp.abs(spectrum)
+    if not bool((size > xp.finfo(a.dtype).eps * a.shape[0] * xp.max(size)).all()):
+        raise np.linalg.LinAlgError(f"inv: {a} is singular to working precision")
+    column = xp.fft.ifft(1 / spectrum)
+    return Circulant(arrays.cast(column if arrays.is_complex(a.dtype) else xp.real(column), a.dtype))
+
+
+@rule(INVERSE, Fourier)
+def inverse_fourier(a: Fourier) -> Any:
+    """F^-1 = conj(F) / n."""
+    return Scaled(1 / a.n, a.conj())
+
+
+@rule(INVERSE, Cosine)
+def inverse_cosine(a: Cosine) -> Any:
+    """C^-1 = C^T for the orthonormal transform."""
+    return a.T
 
 
 @rule(INVERSE, Kronecker)

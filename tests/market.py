@@ -137,6 +137,25 @@ def _low_rank(dtype):
         yield f"low_rank-{m}x{n}-r{r}", sm.LowRank(u, v), u @ v
 
 
+def _interpolative(dtype):
+    for (m, n), r, side in (
+        ((6, 6), 2, "rows"),
+        ((6, 6), 2, "columns"),
+        ((7, 5), 1, "rows"),
+        ((3, 11), 2, "columns"),
+        ((1, 1), 1, "rows"),
+        ((6, 6), 6, "rows"),
+        ((6, 6), 0, "rows"),
+    ):
+        size, other = (m, n) if side == "rows" else (n, m)
+        t, b = entries((size - r, r), dtype, 47), entries((r, other), dtype, 48)
+        p = np.random.default_rng(size).permutation(size)
+        full = np.empty((size, other), dtype)
+        full[p[:r]], full[p[r:]] = b, t @ b
+        t, b, full = (t, b, full) if side == "rows" else (t.T, b.T, full.T)
+        yield f"interpolative-{m}x{n}-r{r}-{side}", sm.Interpolative(p, t, b, side), full
+
+
 def _kronecker(dtype):
     for shapes in (
         ((2, 2), (3, 3)),
@@ -245,6 +264,37 @@ def _block_sparse(dtype):
     yield "block_sparse-1x1", sm.BlockSparse(b, [0], [0], (1, 1)), b[0]
 
 
+def _toeplitz(dtype):
+    import scipy.linalg
+
+    for m, n in ((6, 6), (7, 4), (1, 5), (1, 1)):
+        c, r = entries((m,), dtype, 50), entries((n,), dtype, 51)
+        yield f"toeplitz-{m}x{n}", sm.Toeplitz(c, r), scipy.linalg.toeplitz(c, r)
+    for n in (1, 6, 7):
+        c = entries((n,), dtype, 52)
+        yield f"circulant-{n}", sm.Circulant(c), scipy.linalg.circulant(c)
+
+
+def _transforms(dtype):
+    for n in (1, 6, 7):
+        if np.dtype(dtype).kind == "c":
+            j = np.arange(n)
+            f = np.exp(-2j * np.pi * (np.outer(j, j) % n) / n).astype(dtype)
+            yield f"fourier-{n}", sm.fourier(n, dtype), f
+            yield f"fourier-{n}-conjugated", sm.fourier(n, dtype).conj(), f.conj()
+        weights = np.where(np.arange(n) == 0, np.sqrt(0.5), 1) * np.sqrt(2 / n)
+        c = weights[:, None] * np.cos(np.pi * np.outer(np.arange(n), 2 * np.arange(n) + 1) / (2 * n))
+        yield f"cosine-{n}", sm.cosine(n, dtype=dtype), c.astype(dtype)
+        yield f"cosine-{n}-transposed", sm.cosine(n, 3, dtype), c.T.astype(dtype)
+    yield "hadamard-8", sm.hadamard(8, dtype), scipy_hadamard(8).astype(dtype)
+
+
+def scipy_hadamard(n):
+    import scipy.linalg
+
+    return scipy.linalg.hadamard(n)
+
+
 def _external(dtype):
     import scipy.sparse
 
@@ -314,12 +364,15 @@ MAKERS: tuple[Callable, ...] = (
     _simple,
     _block_diagonal,
     _low_rank,
+    _interpolative,
     _kronecker,
     _monarch,
     _block_tensor_train,
     _butterfly,
     _chain,
     _block_sparse,
+    _toeplitz,
+    _transforms,
     _external,
     _composite,
 )

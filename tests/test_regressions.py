@@ -25,6 +25,7 @@ from structmat import rules
 from structmat.algebra import Inverse, Product, Scaled, Sum
 from structmat.operator import Operator
 from structmat.structures.external import External
+from structmat.structures.transforms import Cosine
 
 PAIRS = representatives("float64", "complex128")
 SINGLE_PRECISION = representatives("float32", "complex64")
@@ -33,7 +34,7 @@ EVERY = pytest.mark.parametrize("pair", PAIRS, ids=repr)
 
 def portable(pairs) -> list[Pair]:
     """Without SciPy's own objects and algorithms, which stay with NumPy."""
-    return [p for p in pairs if not isinstance(p.operator, (External, Inverse))]
+    return [p for p in pairs if not isinstance(p.operator, (External, Inverse, Cosine))]
 
 
 EVERY_PORTABLE = pytest.mark.parametrize("pair", portable(PAIRS), ids=repr)
@@ -137,7 +138,8 @@ def test_v16_a_scalar_goes_into_one_factor_of_every_family(scalar):
         scaled = scalar * pair.operator
         assert_close(np.asarray(scaled), scalar * pair.dense)
         before = {id(x) for x in pair.operator.arrays}
-        assert sum(id(x) not in before for x in scaled.arrays) <= 1, pair.name
+        linear = 2 if isinstance(pair.operator, sm.Toeplitz) else 1  # entries in two arrays, not factors
+        assert sum(id(x) not in before for x in scaled.arrays) <= linear, pair.name
         assert scaled.nparams <= pair.operator.nparams + 1
 
 
