@@ -9,16 +9,17 @@ Importing this package imports NumPy and nothing heavier.
 
 from structmat import arrays as arrays
 from structmat import backends as backends
+from structmat import blocks as blocks
 from structmat import identities as identities
 from structmat import linalg as linalg
 from structmat import patterns as patterns
 from structmat import plotting as plotting
 from structmat import testing as testing
-from structmat.algebra import block_diag as block_diag
-from structmat.algebra import hstack as hstack
 from structmat.algebra import kron as kron
-from structmat.algebra import vstack as vstack
 from structmat.backends.selection import use_backend as use_backend
+from structmat.blocks import block_diag as block_diag
+from structmat.blocks import hstack as hstack
+from structmat.blocks import vstack as vstack
 from structmat.operator import Operator as Operator
 from structmat.projection import compress as _compress  # noqa: F401  (enters A.compress)
 from structmat.projection.certificate import Projection as Projection

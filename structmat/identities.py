@@ -12,19 +12,10 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import (
-    DirectSum,
-    HorizontalStack,
-    Inverse,
-    Product,
-    Scaled,
-    Slice,
-    Sum,
-    VerticalStack,
-    multiply,
-    scaled_dtype,
-)
+from structmat.algebra import Inverse, Product, Scaled, Sum, multiply, scaled_dtype
 from structmat.arrays import Array, DType
+from structmat.blocks import DirectSum, HorizontalStack, VerticalStack
+from structmat.indexing import Slice
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder, axis_order, compose
 from structmat.rules import ADD, INVERSE, KRON, MATMUL, SCALE, fallback, find, rule

@@ -69,7 +69,7 @@ def related(pool):
             left, right = a.factors
             b = sm.Kronecker(left, 2 * right)
             extra.append((a, b, d, 2 * d))
-        if isinstance(a, sm.algebra.HorizontalStack):
+        if isinstance(a, sm.blocks.HorizontalStack):
             extra.append((a, a.T, d, d.T))
         extra.append((a, a, d, d))
         if isinstance(a, Sum):

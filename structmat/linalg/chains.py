@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum
 from structmat.arrays import Array
+from structmat.blocks import DirectSum
 from structmat.linalg.base import adjoint
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum, Inverse, Product, Scaled, Sum
+from structmat.algebra import Inverse, Product, Scaled, Sum
 from structmat.arrays import Array
+from structmat.blocks import DirectSum
 from structmat.linalg.base import check_square, constant, finish, library_of, like, namespace, parts, unknown
 from structmat.linalg.chains import is_block_diagonal, is_square_blocks, order_parity, split, waist
 from structmat.linalg.update import bordered

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum, Scaled, Sum
+from structmat.algebra import Scaled, Sum
 from structmat.arrays import Array
+from structmat.blocks import DirectSum
 from structmat.linalg.base import (
     check,
     columns,

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum, Scaled
+from structmat.algebra import Scaled
 from structmat.arrays import Array
+from structmat.blocks import DirectSum
 from structmat.linalg.base import (
     check_hermitian,
     check_square,

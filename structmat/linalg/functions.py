@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum, Scaled, Sum
+from structmat.algebra import Scaled, Sum
 from structmat.arrays import Array
+from structmat.blocks import DirectSum
 from structmat.linalg.base import check_hermitian, check_square, constant, epsilon, lapack, like, namespace, unknown
 from structmat.linalg.chains import is_block_diagonal, is_square_blocks, split
 from structmat.linalg.diagonal import diagonal, trace

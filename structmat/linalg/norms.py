@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
-from structmat.algebra import DirectSum, HorizontalStack, Product, Scaled, VerticalStack
+from structmat.algebra import Product, Scaled
 from structmat.arrays import Array
+from structmat.blocks import DirectSum, HorizontalStack, VerticalStack
 from structmat.linalg.base import CHUNK, check, columns, finish, join, library_of, like, namespace, parts, unknown
 from structmat.linalg.chains import blocks_of, frobenius
 from structmat.operator import Operator
