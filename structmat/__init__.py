@@ -22,7 +22,14 @@ from structmat.blocks import hstack as hstack
 from structmat.blocks import vstack as vstack
 from structmat.operator import Operator as Operator
 from structmat.projection import compress as _compress  # noqa: F401  (enters A.compress)
+from structmat.projection.allocation import Allocation as Allocation
+from structmat.projection.allocation import allocate as allocate
+from structmat.projection.approximate import Approximation as Approximation
+from structmat.projection.approximate import Approximations as Approximations
+from structmat.projection.approximate import approximate as approximate
+from structmat.projection.blast import blast_patterns as blast_patterns
 from structmat.projection.certificate import Projection as Projection
+from structmat.projection.moments import Moments as Moments
 from structmat.projection.project import project as project
 from structmat.structures.block_diagonal import BlockDiagonal as BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse as BlockSparse
@@ -36,6 +43,7 @@ from structmat.structures.diagonal import Identity as Identity
 from structmat.structures.diagonal import Zero as Zero
 from structmat.structures.external import as_operator as as_operator
 from structmat.structures.interpolative import Interpolative as Interpolative
+from structmat.structures.interpolative_blocks import InterpolativeBlocks as InterpolativeBlocks
 from structmat.structures.kronecker import Kronecker as Kronecker
 from structmat.structures.low_rank import LowRank as LowRank
 from structmat.structures.monarch import Monarch as Monarch

@@ -18,7 +18,7 @@ from structmat.arrays import Array, DType
 from structmat.operator import Operator, check_inner, check_pair
 from structmat.rules import ADD, INVERSE, KRON, MATMUL, SCALE
 
-MERGE_WINDOW = 16  # a new term meets at most this many of a sum's terms, so that building long sums stays linear
+MERGE_WINDOW = 16  # a new term meets at most this many of a sum's terms, so that long sums are built quickly
 
 
 class Combination(Operator, abstract=True):
@@ -34,6 +34,13 @@ class Combination(Operator, abstract=True):
         batch = np.broadcast_shapes(*{p.batch_shape for p in parts})
         dtype = arrays.promote(*{p.dtype for p in parts})
         self._init((*batch, *size), dtype, anchor.kind, anchor.device, **values)
+
+    @classmethod
+    def _grown(cls, parts: tuple[Operator, ...], left: Operator, right: Operator, size: tuple[int, int]) -> Any:
+        """The combination of flat parts that are those of two checked operands: nothing is derived again."""
+        result = object.__new__(cls)
+        result._init_from((left, right), size, cls.__name__, **{cls.fields[0]: parts})
+        return result
 
 
 class Product(Combination):
@@ -161,7 +168,8 @@ class Scaled(Combination):
         return Scaled(self.scalar, self.operator.T)
 
     def _conj(self) -> Operator:
-        return Scaled(self.scalar.conjugate(), self.operator.conj())
+        c = self.scalar
+        return Scaled(c.conj() if hasattr(c, "conj") else c.conjugate(), self.operator.conj())
 
     def _cast(self, dtype: DType) -> Operator:
         target = arrays.dtype_for(dtype, "numpy") if arrays.kind(self.scalar) is None else None
@@ -259,7 +267,12 @@ def multiply(left: Operator, right: Operator) -> Operator:
         else:  # the result may now meet its own left neighbour
             done.pop()
             todo.extendleft(reversed(merged.factors) if isinstance(merged, Product) else (merged,))
-    result = done[0] if len(done) == 1 else Product(*done)
+    if len(done) == 1:
+        result = done[0]
+    elif scalar is None:
+        result = Product._grown(tuple(done), left, right, (left.shape[-2], right.shape[-1]))
+    else:
+        result = Product(*done)
     return result if scalar is None else result * scalar
 
 
@@ -277,7 +290,7 @@ def add(left: Operator, right: Operator) -> Operator:
                 break
         else:
             terms.append(term)
-    return terms[0] if len(terms) == 1 else Sum(*terms)
+    return terms[0] if len(terms) == 1 else Sum._grown(tuple(terms), left, right, (left.shape[-2], left.shape[-1]))
 
 
 @rules.fallback(SCALE)
@@ -346,8 +359,8 @@ def scaled_dtype(dtype: DType, scalar: Any) -> DType:
 
 
 def operators_of(values: Iterable[Any], what: str) -> list[Operator]:
-    """Operators as they are and arrays as dense operators; ``ValueError`` if there are none."""
-    found = [v if isinstance(v, Operator) else rules.FALLBACKS["dense"](v) for v in values]
+    """Operators as they are, arrays and SciPy objects as operators; ``ValueError`` if there are none."""
+    found = [v if isinstance(v, Operator) else rules.FALLBACKS["as_operator"](v) for v in values]
     if not found:
         raise ValueError(f"{what}: expected at least one operator, got none")
     return found

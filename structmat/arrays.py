@@ -95,6 +95,11 @@ def itemsize(dtype: DType) -> int:
     return int(dtype.itemsize)
 
 
+def on_host(x: Any) -> Any:
+    """An array as a NumPy array; anything else as it is."""
+    return x if kind(x) is None else convert(x, "numpy")
+
+
 def cast(x: Array, dtype: DType) -> Array:
     """The array in another dtype of its own library; itself where the dtype is already right."""
     if x.dtype == dtype:
@@ -163,7 +168,10 @@ def operand(x: Any, owner: Any, what: str) -> Array:
         if hasattr(x, "__array__") or isinstance(x, (list, tuple, int, float, complex)):
             x, k = np.asarray(x), "numpy"
         else:
-            raise TypeError(f"{what}: expected an array or an operator, got {type(x).__name__}")
+            raise TypeError(
+                f"{what}: expected an array or an operator, got {type(x).__name__}; "
+                "structmat.as_operator(x) takes SciPy's sparse matrices and LinearOperators"
+            )
     if k == "numpy" and x.dtype.kind not in "fciub":
         raise TypeError(f"{what}: expected numbers, got dtype {x.dtype}")
     own = owner.kind
@@ -184,6 +192,8 @@ def convert(x: Array, target: str, target_device: Any = None) -> Array:
     k = kind(x)
     if target == "numpy":
         if k == "torch":
+            if x.dtype == sys.modules["torch"].bfloat16:
+                raise TypeError("to: NumPy has no bfloat16; use A.astype(torch.float32) first")
             return x.detach().cpu().resolve_conj().numpy()
         return x.get() if k == "cupy" else x
     if target == "torch":

@@ -7,6 +7,7 @@ declines with ``NotImplemented``. No rule materialises a structured operand. Unl
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,13 @@ from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.chain import Chain
 from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
+from structmat.structures.external import as_operator
 from structmat.structures.interpolative import Interpolative
+from structmat.structures.interpolative_blocks import InterpolativeBlocks
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
+from structmat.structures.padding import diagonal_parts, is_block_diagonal
 from structmat.structures.permutation import Permutation
 from structmat.structures.toeplitz import Circulant, Toeplitz
 from structmat.structures.transforms import Cosine, Fourier
@@ -168,10 +172,10 @@ def _identity_like(a: Operator) -> Operator:
     return Diagonal(xp.ones((*a.batch_shape, n), dtype=a.dtype, **where))
 
 
-@fallback("dense")
-def _dense(x: Any) -> Operator:
-    """An array as an operator."""
-    return Dense(x)
+@fallback("as_operator")
+def _as_operator(x: Any) -> Operator:
+    """An array or a SciPy object as an operator."""
+    return as_operator(x)
 
 
 # ---- multiples: the scalar goes into one stored factor, the smallest ----------------------------------------------------
@@ -222,6 +226,12 @@ def scale_interpolative(a: Interpolative, c: Any) -> Any:
     return a.with_values(a.coefficients, c * a.basis)
 
 
+@rule(SCALE, InterpolativeBlocks)
+def scale_interpolative_blocks(a: InterpolativeBlocks, c: Any) -> Any:
+    """C B [I T] = (c B) [I T], block by block."""
+    return a.with_values(a.coefficients, c * a.left)
+
+
 @rule(SCALE, BlockSparse)
 def scale_block_sparse(a: BlockSparse, c: Any) -> Any:
     """C A, blockwise."""
@@ -262,18 +272,24 @@ def diagonal_diagonal(a: Diagonal, b: Diagonal) -> Any:
 @rule(MATMUL, Diagonal, Dense)
 def diagonal_dense(a: Diagonal, b: Dense) -> Any:
     """diag(v) A: rows scaled."""
+    if not _covers(b, a):
+        return NotImplemented
     return Dense(a.values[..., :, None] * b.array)
 
 
 @rule(MATMUL, Dense, Diagonal)
 def dense_diagonal(a: Dense, b: Diagonal) -> Any:
     """A diag(v): columns scaled."""
+    if not _covers(a, b):
+        return NotImplemented
     return Dense(a.array * b.values[..., None, :])
 
 
 @rule(MATMUL, Diagonal, Chain)
 def diagonal_chain(a: Diagonal, b: Chain) -> Any:
     """diag(v) K_1 ... = (diag(v') K_1) ..., v' = v in the order of K_1's rows, ones in the padding."""
+    if not _covers_array(b.factors[0], a):
+        return NotImplemented
     v = _end_values(a.values, b.patterns[0].rows, b.out_order.T if b.out_order else None)
     return b.with_factors((factor.scale_rows(b.factors[0], v), *b.factors[1:]))
 
@@ -281,6 +297,8 @@ def diagonal_chain(a: Diagonal, b: Chain) -> Any:
 @rule(MATMUL, Chain, Diagonal)
 def chain_diagonal(a: Chain, b: Diagonal) -> Any:
     """... K_L diag(v) = ... (K_L diag(v')), v' = v in the order of K_L's columns, ones in the padding."""
+    if not _covers_array(a.factors[-1], b):
+        return NotImplemented
     v = _end_values(b.values, a.patterns[-1].cols, a.in_order)
     return a.with_factors((*a.factors[:-1], factor.scale_cols(a.factors[-1], v)))
 
@@ -357,7 +375,7 @@ def low_rank_low_rank(a: LowRank, b: LowRank) -> Any:
 @rule(MATMUL, Operator, LowRank)
 def operator_low_rank(a: Operator, b: LowRank) -> Any:
     """A (U V) = (A U) V."""
-    if not _no_larger(LowRank, (a.shape[-2], b.rank, b.shape[-1]), a, b):
+    if not _no_larger((a.shape[-2], b.rank, b.shape[-1]), a, b):
         return NotImplemented
     left = a._matmat(_cast_operand(b.left, a))
     return LowRank(left, b.right)
@@ -367,7 +385,7 @@ def operator_low_rank(a: Operator, b: LowRank) -> Any:
 @rule(MATMUL, LowRank, Operator)
 def low_rank_operator(a: LowRank, b: Operator) -> Any:
     """(U V) A = U (V A)."""
-    if not _no_larger(LowRank, (a.shape[-2], a.rank, b.shape[-1]), a, b):
+    if not _no_larger((a.shape[-2], a.rank, b.shape[-1]), a, b):
         return NotImplemented
     right = b.T._rows(_cast_operand(a.right, b))
     return LowRank(a.left, right)
@@ -470,6 +488,20 @@ def diagonal_identity(a: Diagonal, b: Identity) -> Any:
     return identity_diagonal(b, a)
 
 
+@rule(ADD, Diagonal, Scaled)
+def diagonal_shift(a: Diagonal, b: Scaled) -> Any:
+    """diag(v) + c I = diag(v + c)."""
+    if not isinstance(b.operator, Identity):
+        return NotImplemented
+    return Diagonal(arrays.cast(a.values, arrays.dtype_for(arrays.promote(a.dtype, b.dtype), a.kind)) + b.scalar)
+
+
+@rule(ADD, Scaled, Diagonal)
+def shift_diagonal(a: Scaled, b: Diagonal) -> Any:
+    """C I + diag(v) = diag(c + v)."""
+    return diagonal_shift(b, a)
+
+
 @rule(ADD, Identity, Identity)
 def identity_identity(a: Identity, b: Identity) -> Any:
     """I + I = 2 I."""
@@ -485,6 +517,8 @@ def dense_sum(a: Dense, b: Dense) -> Any:
 @rule(ADD, LowRank, LowRank)
 def low_rank_sum(a: LowRank, b: LowRank) -> Any:
     """U V + X Y = [U X] [V; Y]; ``compress`` brings the rank down again."""
+    if a.batch_shape != b.batch_shape:
+        return NotImplemented
     return LowRank(_join((a.left, b.left), -1), _join((a.right, b.right), -2))
 
 
@@ -507,7 +541,7 @@ def block_rank_sum(a: Chain, b: Chain) -> Any:
     if (p.a, q.d) != (1, 1):  # a transpose of the normal form
         total = block_rank_sum(a.T, b.T) if (p.d, q.a) == (1, 1) else NotImplemented  # pyright: ignore[reportArgumentType]
         return total if total is NotImplemented else total.T
-    if (p.d, q.a) != (t.d, u.a) or a.nparams + b.nparams > a.shape[-1] * a.shape[-2]:
+    if (p.d, q.a) != (t.d, u.a) or a.batch_shape or b.batch_shape or a.nparams + b.nparams > a.shape[-1] * a.shape[-2]:
         return NotImplemented
     k, l = q.a, p.d
     left = _join(tuple(f.reshape(*f.shape[:-1], k, -1) for f in (a.factors[0], b.factors[0])), -1)
@@ -606,6 +640,9 @@ def inverse_chain(a: Chain) -> Any:
     waist = min(p.rows for p in (*a.patterns, a.patterns[-1].T))
     if waist < a.shape[-1]:
         raise np.linalg.LinAlgError(f"inv: {a} has rank at most {waist} and is singular")
+    if a.padded and is_block_diagonal(a):
+        parts = diagonal_parts(a)
+        return DirectSum(*(p.inv() for p in parts)) if all(p.is_square for p in parts) else NotImplemented
     if a.padded or any(p.b != p.c for p in a.patterns):
         return NotImplemented
     return a._rebuild(
@@ -640,6 +677,12 @@ def inverse_cosine(a: Cosine) -> Any:
     return a.T
 
 
+@rule(INVERSE, LowRank)
+def inverse_low_rank(a: LowRank) -> Any:
+    """(U V)^-1, multiplied out, where the rank exceeds the size; then U V is the larger of the two."""
+    return Dense(factor.inverse(_matmul(a.left, a.right))) if a.rank > a.shape[-1] else NotImplemented
+
+
 @rule(INVERSE, Kronecker)
 def inverse_kronecker(a: Kronecker) -> Any:
     """(A (x) B)^-1 = A^-1 (x) B^-1; a square product of rectangular factors is singular."""
@@ -667,14 +710,19 @@ def inverse_direct_sum(a: DirectSum) -> Any:
 
 @rule(INVERSE, Sum)
 def inverse_woodbury(a: Sum) -> Any:
-    """(D + U V)^-1 = D^-1 - D^-1 U (I + V D^-1 U)^-1 V D^-1 for an invertible diagonal D (Woodbury 1950)."""
+    """(D + U V)^-1 = D^-1 - D^-1 U (I + V D^-1 U)^-1 V D^-1 for D with an inverse in closed form (Woodbury 1950)."""
     if len(a.terms) != 2:
         return NotImplemented
     d, low = a.terms if isinstance(a.terms[1], LowRank) else reversed(a.terms)
-    if not isinstance(low, LowRank) or not _is_diagonal(d) or not all(bool((v != 0).all()) for v in d.arrays):
+    if not isinstance(low, LowRank):
         return NotImplemented
-    inverse = d.inv()
-    left, right = inverse._matmat(_cast_operand(low.left, inverse)), inverse._rows(_cast_operand(low.right, inverse))
+    try:
+        inverse = find(INVERSE, d)
+    except np.linalg.LinAlgError:  # the sum may have an inverse all the same
+        return NotImplemented
+    if inverse is NotImplemented or inverse.nparams > d.nparams:
+        return NotImplemented
+    left, right = inverse._matmat(_cast_operand(low.left, inverse)), inverse.T._rows(_cast_operand(low.right, inverse))
     core = _matmul(low.right, left)
     xp = arrays.namespace(core)
     core = xp.eye(low.rank, dtype=core.dtype, device=arrays.device(core)) + core
@@ -751,13 +799,15 @@ def _covers(a: Operator, b: Operator) -> bool:
     return np.broadcast_shapes(a.batch_shape, b.batch_shape) == a.batch_shape
 
 
+def _covers_array(x: Array, b: Operator) -> bool:
+    """Whether the batch of a factor's blocks already is the common batch of both."""
+    batch = tuple(x.shape[:-4])
+    return np.broadcast_shapes(batch, b.batch_shape) == batch
+
+
 def _one_and_the_same(a: Operator, b: Operator) -> bool:
     """The same object, or two identities of one dtype."""
     return a is b or (isinstance(a, Identity) and isinstance(b, Identity) and a.dtype == b.dtype)
-
-
-def _is_diagonal(a: Operator) -> bool:
-    return isinstance(a, (Diagonal, Identity)) or (isinstance(a, Scaled) and isinstance(a.operator, Identity))
 
 
 def _matmul(a: Array, b: Array) -> Array:
@@ -777,11 +827,12 @@ def _join(parts: tuple[Array, Array], axis: int) -> Array:
     return xp.concat([xp.broadcast_to(arrays.cast(p, dtype), (*batch, *p.shape[-2:])) for p in parts], axis=axis)
 
 
-def _no_larger(_family: type, sizes: tuple[int, int, int], a: Operator, b: Operator) -> bool:
+def _no_larger(sizes: tuple[int, int, int], a: Operator, b: Operator) -> bool:
     """Policy for a low-rank result ``(m, r) (r, n)``: no larger to store, no costlier to apply."""
     m, r, n = sizes
+    stack = math.prod(np.broadcast_shapes(a.batch_shape, b.batch_shape))
     params = r * (m + n)
-    return params <= a.nparams + b.nparams and 2 * params <= a._flops() + b._flops()
+    return stack * params <= a.nparams + b.nparams and 2 * params <= a._flops() + b._flops()
 
 
 def _same(f: Operator, g: Operator) -> bool:
@@ -821,7 +872,8 @@ def _as_order(p: Permutation) -> AxisOrder | None:
 
 
 def _reordered(a: Chain, out_order: AxisOrder | None, in_order: AxisOrder | None) -> Chain:
-    return a._rebuild(a.factors, a.shape[-2:], out_order, in_order)
+    family = Chain if isinstance(a, BlockDiagonal) else type(a)  # its blocks no longer lie on the diagonal
+    return family._rebuild(a.factors, a.shape[-2:], out_order, in_order)
 
 
 def _through(blocks: Array, order: AxisOrder) -> tuple[Array, AxisOrder | None] | None:

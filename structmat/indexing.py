@@ -11,6 +11,8 @@ from structmat.algebra import Combination, Product, Scaled, Sum, shown
 from structmat.arrays import Array
 from structmat.operator import Operator
 
+CHUNK = 64  # columns that are formed at once when entries are looked up
+
 
 class Slice(Combination):
     """Submatrix ``A[rows, :][:, cols]``; the transpose is the submatrix of the transpose. Made by ``A[rows, cols]``."""
@@ -23,7 +25,7 @@ class Slice(Combination):
 
     def __init__(self, operator: Operator, rows: Array, cols: Array) -> None:
         size = (rows.shape[0], cols.shape[0])
-        repeats = len(set(arrays.convert(cols, "numpy").tolist())) < size[1]
+        repeats = np.unique(arrays.convert(cols, "numpy")).size < size[1]
         self._init_from((operator,), size, "index", operator=operator, rows=rows, cols=cols, repeats=repeats)
 
     def _matmat(self, x: Array) -> Array:
@@ -82,9 +84,7 @@ def index(operator: Operator, key: Any) -> Any:
     if rows.ndim == 2 and cols.ndim == 2 and rows.shape[1] == 1 and cols.shape[0] == 1:  # numpy.ix_
         return submatrix(operator, rows[:, 0], cols[0])
     rows, cols = np.broadcast_arrays(rows, cols)
-    wanted, place = np.unique(cols, return_inverse=True)
-    columns = _columns(operator, wanted)
-    return columns[..., rows, place.reshape(cols.shape)]
+    return _entries(operator, rows, cols)
 
 
 def submatrix(operator: Operator, rows: np.ndarray, cols: np.ndarray) -> Operator:
@@ -126,6 +126,18 @@ def _axis_key(key: Any, size: int, axis: int) -> Any:
 def _column(operator: Operator, j: int) -> Array:
     """Column ``j``, ``(*batch, m)``."""
     return _columns(operator, np.array([j]))[..., 0]
+
+
+def _entries(operator: Operator, rows: np.ndarray, cols: np.ndarray) -> Array:
+    """Entries at places ``(rows, cols)``, from a few columns at a time."""
+    wanted, place = np.unique(cols, return_inverse=True)
+    place = place.reshape(cols.shape)
+    result = _columns(operator, wanted[:CHUNK])[..., rows, np.minimum(place, min(CHUNK, max(1, len(wanted))) - 1)]
+    for start in range(CHUNK, len(wanted), CHUNK):
+        inside = (place >= start) & (place < start + CHUNK)
+        columns = _columns(operator, wanted[start : start + CHUNK])
+        result[..., inside] = columns[..., rows[inside], place[inside] - start]
+    return result
 
 
 def _columns(operator: Operator, js: np.ndarray) -> Array:

@@ -12,6 +12,7 @@ Optional, where the structure knows better than the default: ``_rows``, ``_colum
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -151,13 +152,14 @@ class Operator:
     @property
     def T(self) -> Operator:
         """The transpose, structured, without conjugation. ``A.T.T is A``."""
-        result = self._transposed
+        result = _recall(self._transposed)
         if result is None:
             result = self._transpose()
-            if result._transposed is None:
-                _set(result, "_transposed", self)
-            if self.kind != "torch":  # a torch view remembers whether gradients were on: make it anew each time
-                _set(self, "_transposed", result)
+            if result is not self:
+                if _recall(result._transposed) is None:  # weak, or the pair would keep itself alive
+                    _set(result, "_transposed", weakref.ref(self))
+                if self.kind != "torch":  # a torch view remembers whether gradients were on: make it anew each time
+                    _set(self, "_transposed", result)
         return result
 
     @property
@@ -165,11 +167,14 @@ class Operator:
         """The adjoint (conjugate transpose), structured. ``A.H.H is A``."""
         if not arrays.is_complex(self.dtype):
             return self.T
-        if self._adjoint is None:
+        result = _recall(self._adjoint)
+        if result is None:
             result = self.T.conj()
-            _set(result, "_adjoint", self)
-            return result
-        return self._adjoint
+            if result is not self:
+                _set(result, "_adjoint", self)
+                if self.kind != "torch":
+                    _set(self, "_adjoint", weakref.ref(result))  # its conjugated arrays live as long as they are used
+        return result
 
     def conj(self) -> Operator:
         """The entrywise complex conjugate; the operator itself if it is real."""
@@ -188,7 +193,9 @@ class Operator:
         """The nearest operator of the same family with a smaller (block) rank, with a certificate, without a dense matrix.
 
         Exactly one of ``tol`` (relative Frobenius error), ``rank`` and ``budget`` (parameters, a fraction of dense or a
-        count). Returns a :class:`structmat.Projection`. For low-rank and two-factor block-rank operators; raises
+        count). Returns a :class:`structmat.Projection`. For chains whose links have a rank (LowRank, Monarch,
+        BlockTensorTrain, Chain), Interpolative, multiples and sums of those of one layout, sums of Kronecker products of two
+        dense factors (fewer terms: ``rank`` is their number), and Kronecker products with two-factor chains; raises
         ``NotImplementedError`` for others and ``ValueError`` for options that do not fit.
         """
         return rules.FALLBACKS["compress"](self, tol, rank, budget)
@@ -316,8 +323,13 @@ class Operator:
 
     def _checked_matmat(self, x: Array, out: Array | None) -> Array:
         shape = self.shape
-        if x.ndim < 2 or x.shape[-2] != shape[-1]:
-            raise _mismatch(shape, x.shape, shape[-1], x.shape[-2] if x.ndim > 1 else 0)
+        if x.ndim < 2:
+            raise ValueError(
+                f"matmul: {shape} @ {tuple(x.shape)}: expected an operand of at least one dimension, "
+                "and of at least two for matmat"
+            )
+        if x.shape[-2] != shape[-1]:
+            raise _mismatch(shape, x.shape, shape[-1], x.shape[-2])
         if len(shape) > 2 and x.ndim > 2:
             _check_batches(shape, tuple(x.shape))
         return self._matmat(x) if out is None else self._columns_into(x, out)
@@ -365,7 +377,7 @@ class Operator:
             raise TypeError(f"*: multiplies an operator by a scalar; for the product of {self} and {scalar} use @")
         if not _is_scalar(scalar):
             raise TypeError(f"*: expected a scalar, got {type(scalar).__name__}; for a product use @")
-        return rules.apply(rules.SCALE, self, scalar)
+        return rules.apply(rules.SCALE, self, _scalar_for(self, scalar))
 
     __rmul__ = __mul__
 
@@ -437,9 +449,19 @@ def _mismatch(left: Any, right: Any, inner: int, outer: int) -> ValueError:
 
 
 def _is_scalar(x: Any) -> bool:
-    if isinstance(x, (int, float, complex, np.number)) and not isinstance(x, np.bool_):
-        return True
-    return arrays.kind(x) is not None and x.ndim == 0
+    return isinstance(x, (int, float, complex, np.number, np.bool_)) or (arrays.kind(x) is not None and x.ndim == 0)
+
+
+def _scalar_for(operator: Operator, scalar: Any) -> Any:
+    """A scalar that meets the operator's arrays: 0-d tensors stay tensors, and only with operators that hold tensors."""
+    kind = arrays.kind(scalar)
+    if kind in (None, operator.kind):
+        return scalar[()] if kind == "numpy" else scalar
+    if kind == "numpy":
+        return scalar.item() if operator.kind else scalar[()]
+    raise TypeError(
+        f"*: cannot mix a {kind} scalar with an operator that holds {operator.kind or 'no'} arrays; use scalar.item()"
+    )
 
 
 # ---- generic walks over the fields ------------------------------------------------------------------------------------
@@ -469,6 +491,10 @@ def _leaves(value: Any) -> Iterator[Array]:
 
 def _size(x: Array) -> int:
     return int(np.prod(x.shape)) if x.ndim else 1
+
+
+def _recall(pair: Any) -> Any:
+    return pair() if isinstance(pair, weakref.ref) else pair
 
 
 def _conj_values(x: Array) -> Array:

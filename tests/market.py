@@ -132,7 +132,7 @@ def _block_diagonal(dtype):
 
 
 def _low_rank(dtype):
-    for (m, n), r in (((6, 6), 2), ((7, 5), 1), ((3, 11), 3), ((1, 1), 1), ((6, 6), 6), ((6, 6), 0), ((5, 7), 9)):
+    for (m, n), r in (((6, 6), 2), ((7, 5), 1), ((3, 11), 3), ((1, 1), 1), ((6, 6), 6), ((6, 6), 0), ((5, 7), 9), ((4, 4), 6)):
         u, v = entries((m, r), dtype, 6), entries((r, n), dtype, 7)
         yield f"low_rank-{m}x{n}-r{r}", sm.LowRank(u, v), u @ v
 
@@ -154,6 +154,31 @@ def _interpolative(dtype):
         full[p[:r]], full[p[r:]] = b, t @ b
         t, b, full = (t, b, full) if side == "rows" else (t.T, b.T, full.T)
         yield f"interpolative-{m}x{n}-r{r}-{side}", sm.Interpolative(p, t, b, side), full
+
+
+def _interpolative_blocks(dtype):
+    for (l, k, s, p), r, shape, contiguous, strided in (
+        ((2, 3, 3, 2), 1, None, False, False),
+        ((2, 2, 4, 3), 2, (7, 5), True, False),
+        ((2, 3, 2, 4), 2, (4, 11), False, True),
+        ((2, 3, 3, 2), 1, None, True, True),
+        ((1, 1, 1, 1), 1, None, False, False),
+    ):
+        t, left = entries((k, l, r, p - r), dtype, 49), entries((l, s, k * r), dtype, 50)
+        index = np.argsort(np.random.default_rng(l + k).random((k, l, p)), axis=-1)
+        full = np.zeros((l, s, k, p), dtype)
+        for j in range(l):
+            for i in range(k):
+                b = left[j, :, i * r : (i + 1) * r]
+                full[j][:, i, index[i, j]] = np.hstack([b, b @ t[i, j]])
+        full = full if contiguous else full.transpose(1, 0, 2, 3)
+        full = (full.transpose(0, 1, 3, 2) if strided else full).reshape(l * s, k * p)
+        m, n = shape or full.shape
+        orders = AxisOrder((s, l), (1, 0)) if contiguous else None, AxisOrder((p, k), (1, 0)) if strided else None
+        name = f"interpolative_blocks-{m}x{n}-{l}x{k}-r{r}" + "-contiguous" * contiguous + "-strided" * strided
+        operator = sm.InterpolativeBlocks(index, t, left, shape, *orders)
+        yield name, operator, full[:m, :n]
+        yield name + "-transposed", operator.T, full[:m, :n].T
 
 
 def _kronecker(dtype):
@@ -365,6 +390,7 @@ MAKERS: tuple[Callable, ...] = (
     _block_diagonal,
     _low_rank,
     _interpolative,
+    _interpolative_blocks,
     _kronecker,
     _monarch,
     _block_tensor_train,

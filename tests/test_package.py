@@ -48,7 +48,7 @@ FLOORS = {  # who may import whom; a module on a line may import those named on 
     "linalg": {"identities", "algebra", "blocks", "structures", "operator", "rules", "arrays", "patterns"},
     "projection": {"linalg", "structures", "algebra", "blocks", "operator", "rules", "arrays", "patterns"},
     "testing": {"operator", "arrays"},
-    "plotting": {"projection", "structures", "operator", "arrays"},
+    "plotting": {"projection", "structures", "operator", "rules", "arrays"},
 }
 
 

@@ -12,11 +12,9 @@ from structmat.blocks import DirectSum
 from structmat.linalg.base import adjoint
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder
-from structmat.structures import factor
-from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.chain import Chain
-from structmat.structures.dense import Dense
 from structmat.structures.low_rank import LowRank
+from structmat.structures.padding import diagonal_parts, masked, ones, positions
 
 
 def waist(a: Chain) -> int:
@@ -35,11 +33,6 @@ def is_square_blocks(a: Chain) -> bool:
     return not a.padded and all(p.b == p.c for p in a.patterns)
 
 
-def is_block_diagonal(a: Chain) -> bool:
-    """Whether a chain is one factor of contiguous blocks along the diagonal."""
-    return len(a.factors) == 1 and a.in_order is None and a.out_order is None and a.patterns[0].d == 1
-
-
 def blocks_of(a: Chain) -> Array:
     """All blocks of a chain of one factor with its padding set to zero, ``(*batch, a*d, b, c)``."""
     blocks = masked(a)[0]
@@ -48,30 +41,7 @@ def blocks_of(a: Chain) -> Array:
 
 def split(a: Chain) -> Operator:
     """A padded block-diagonal chain as the direct sum of its whole blocks and of those that the shape cuts."""
-    count, b, c, _ = a.patterns[0]
-    m, n = a.shape[-2:]
-    whole = min(count, m // b if b else count, n // c if c else count)
-    blocks = a.factors[0][..., :, 0, :, :]
-    parts: list[Operator] = [BlockDiagonal(blocks[..., :whole, :, :])] if whole else []
-    for i in range(whole, count):
-        rows, cols = min(b, max(0, m - i * b)), min(c, max(0, n - i * c))
-        if rows or cols:
-            parts.append(Dense(blocks[..., i, :rows, :cols]))
-    return DirectSum(*parts)
-
-
-def masked(a: Chain) -> tuple[Array, ...]:
-    """The factors with zeros in the rows and columns that the logical shape cuts off."""
-    if not a.padded:
-        return a.factors
-    m, n = a.shape[-2:]
-    rows, cols = np.zeros(a.patterns[0].rows, bool), np.zeros(a.patterns[-1].cols, bool)
-    rows[_positions(a.out_order, np.arange(m))] = True
-    cols[_positions(a.in_order.T if a.in_order else None, np.arange(n))] = True
-    first, last = a.factors[0], a.factors[-1]
-    if len(a.factors) == 1:
-        return (factor.scale_cols(factor.scale_rows(first, _ones(rows, first)), _ones(cols, first)),)
-    return factor.scale_rows(first, _ones(rows, first)), *a.factors[1:-1], factor.scale_cols(last, _ones(cols, last))
+    return DirectSum(*diagonal_parts(a))
 
 
 def entries(a: Chain, rows: np.ndarray, cols: np.ndarray) -> Array | None:
@@ -83,7 +53,7 @@ def entries(a: Chain, rows: np.ndarray, cols: np.ndarray) -> Array | None:
     links = ranks(a)
     if links is None:
         return None
-    rows, cols = _positions(a.out_order, rows), _positions(a.in_order.T if a.in_order else None, cols)
+    rows, cols = positions(a.out_order, rows), positions(a.in_order.T if a.in_order else None, cols)
     first, last = a.patterns[0], a.patterns[-1]
     left, right = cols // (last.c * last.d), rows % first.d  # the digits a of the last and d of the first factor
     hit = (rows // (first.b * first.d) == left // (last.a // first.a)) & (cols % last.d == right % last.d)
@@ -103,7 +73,7 @@ def entries(a: Chain, rows: np.ndarray, cols: np.ndarray) -> Array | None:
         step = blocks[..., which[:, None, None], digit[:, None, None], j[:, :, None], k[:, None, :]]
         step = arrays.cast(step, a.dtype)
         result = step if result is None else result @ step
-    return result[..., 0, 0] * _ones(hit, result)
+    return result[..., 0, 0] * ones(hit, result)
 
 
 def frobenius(a: Chain) -> Array | None:
@@ -164,12 +134,3 @@ def order_parity(order: AxisOrder | None) -> int:
                 p, q = radices[first], radices[second]
                 parity += order.size // (p * q) * (p * (p - 1) // 2) * (q * (q - 1) // 2) if p * q else 0
     return parity % 2
-
-
-def _positions(order: AxisOrder | None, index: np.ndarray) -> np.ndarray:
-    return index if order is None else order.permutation()[index]
-
-
-def _ones(mask: np.ndarray, x: Array) -> Array:
-    xp = arrays.namespace(x)
-    return arrays.cast(xp.asarray(mask, device=arrays.device(x)), x.dtype)

@@ -11,7 +11,7 @@ from structmat.algebra import Inverse, Product, Scaled, Sum
 from structmat.arrays import Array
 from structmat.blocks import DirectSum
 from structmat.linalg.base import check_square, constant, finish, library_of, like, namespace, parts, unknown
-from structmat.linalg.chains import is_block_diagonal, is_square_blocks, order_parity, split, waist
+from structmat.linalg.chains import is_square_blocks, order_parity, split, waist
 from structmat.linalg.update import bordered
 from structmat.operator import Operator
 from structmat.rules import apply, fallback, rule
@@ -20,6 +20,7 @@ from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
+from structmat.structures.padding import is_block_diagonal
 from structmat.structures.permutation import Permutation
 
 SLOGDET = "slogdet"

@@ -24,7 +24,7 @@ from structmat.linalg.base import (
     parts,
     unknown,
 )
-from structmat.linalg.chains import blocks_of, is_block_diagonal, is_square_blocks, split
+from structmat.linalg.chains import blocks_of, is_square_blocks, split
 from structmat.linalg.diagonal import diagonal
 from structmat.linalg.norms import norm
 from structmat.operator import Operator
@@ -35,6 +35,7 @@ from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
+from structmat.structures.padding import is_block_diagonal
 from structmat.structures.permutation import Permutation
 
 EIGVALS, EIGH = "eigvals", "eigh"

@@ -12,7 +12,7 @@ from structmat.algebra import Scaled, Sum
 from structmat.arrays import Array
 from structmat.blocks import DirectSum
 from structmat.linalg.base import check_hermitian, check_square, constant, epsilon, lapack, like, namespace, unknown
-from structmat.linalg.chains import is_block_diagonal, is_square_blocks, split
+from structmat.linalg.chains import is_square_blocks, split
 from structmat.linalg.diagonal import diagonal, trace
 from structmat.operator import Operator
 from structmat.rules import apply, fallback, rule
@@ -21,6 +21,7 @@ from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
+from structmat.structures.padding import is_block_diagonal
 
 CHOLESKY, EXPM = "cholesky", "expm"
 

@@ -17,13 +17,14 @@ from structmat.linalg.base import (
     namespace,
     right_hand_side,
 )
-from structmat.linalg.chains import is_block_diagonal, is_square_blocks, split, waist
+from structmat.linalg.chains import is_square_blocks, split, waist
 from structmat.linalg.update import bordered
 from structmat.operator import Operator
 from structmat.rules import apply, fallback, rule
 from structmat.structures.chain import Chain
 from structmat.structures.dense import Dense
 from structmat.structures.kronecker import Kronecker
+from structmat.structures.padding import is_block_diagonal
 
 SOLVE = "solve"
 

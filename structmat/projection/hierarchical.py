@@ -1,23 +1,46 @@
-"""Butterfly and other chains: one factor after another is split off by batched SVDs, from the left."""
+"""Butterfly and other chains: one factor after another is split off by batched SVDs, in any order."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from structmat.patterns import Pattern
+from structmat.patterns import AxisOrder, Pattern, compose
+from structmat.projection.alternating import alternate
 from structmat.projection.certificate import frobenius
+from structmat.projection.links import (
+    adjoint,
+    expand,
+    left_blocks,
+    left_view,
+    multiply,
+    products,
+    right_blocks,
+    right_view,
+    split_view,
+)
+from structmat.projection.permutation import digit_orders, reorder
 from structmat.projection.selection import Request, Solution, allowed_error, infeasible, unreachable
 from structmat.projection.support import restrict
-from structmat.projection.svd import fill, gram_tail, left_svd, safe_bound, tails
+from structmat.projection.svd import GRAM_SIDE, fill, gram_tail, safe_bound, truncated
+from structmat.structures.block_tensor_train import (
+    BlockTensorTrain,
+    balanced_radices,
+    chain_patterns,
+    digit_reversal,
+    output_radices,
+)
 from structmat.structures.butterfly import Butterfly, butterfly_patterns
 from structmat.structures.chain import Chain
 
-_ROUNDING = 1e-13  # relative error below which a better lower bound says nothing
+_ROUNDING = 1e-13  # relative error below which neither a better lower bound nor a better chain says anything
+_LARGE = 1 << 24  # entries from which not every split is looked at for the lower bound
+ORDERS = ("left-to-right", "right-to-left", "balanced")
 
 
 class Sweep(NamedTuple):
@@ -28,15 +51,28 @@ class Sweep(NamedTuple):
     lower_bound: float
 
 
-def sweep(target: np.ndarray, patterns: Sequence[Pattern]) -> Sweep:
-    """A chain near a matrix: hierarchical factorization from left to right with orthonormal left factors.
+class Link(NamedTuple):
+    """A factor of the chain without redundancy: its pattern, and the pair it was fused from."""
 
-    At every split the active blocks ``T`` are cut into ``U (U^H T)`` by a truncated SVD; ``U`` becomes a factor and
-    ``U^H T`` is active next. The discarded parts are orthogonal to each other (as in TT-SVD), so that
-    ``error**2 = sum of the discarded s**2 <= sum E_s**2`` with ``E_s`` the distance to the two-factor set at split ``s``,
-    and ``max E_s <= best possible <= error <= sqrt(L - 1) max E_s``. Members are recovered to rounding. Source: Le, Zheng,
-    Riccietti, Gribonval, "Butterfly factorization with error guarantees", SIAM J. Matrix Anal. Appl. 46(4), 2025
-    (arXiv 2411.04506), algorithm with orthonormalisation; the bound: Oseledets, SIAM J. Sci. Comput. 33, 2011.
+    pattern: Pattern
+    pair: tuple[Link, Link] | None = None
+
+
+def sweep(
+    target: np.ndarray,
+    patterns: Sequence[Pattern],
+    order: str | Sequence[int] = "left-to-right",
+    bounds: bool = True,
+) -> Sweep:
+    """A chain near a matrix: hierarchical factorization with orthonormal factors around the one that is split.
+
+    At every split the active blocks ``T`` are cut into ``U (U^H T)`` by a truncated SVD. With ``E_s`` the distance to the
+    two-factor set at split ``s``, and where the splits peel factors off the ends (``"left-to-right"``, ``"right-to-left"``),
+    the discarded parts are orthogonal to each other (as in TT-SVD), so that
+    ``max E_s <= best possible <= error = sqrt(sum of the discarded s**2) <= sqrt(sum E_s**2) <= sqrt(L - 1) max E_s``.
+    Any other order is proven to ``error <= sum E_s``. Members are recovered to rounding. Source: Le, Zheng, Riccietti,
+    Gribonval, "Butterfly factorization with error guarantees", SIAM J. Matrix Anal. Appl. 46(4), 2025 (arXiv 2411.04506),
+    algorithm with orthonormalisation; the bound: Oseledets, SIAM J. Sci. Comput. 33, 2011.
 
     Parameters
     ----------
@@ -44,65 +80,169 @@ def sweep(target: np.ndarray, patterns: Sequence[Pattern]) -> Sweep:
         ``(rows, columns)`` of the chain, float64 or complex128.
     patterns
         Chainable patterns, left to right, of any ranks. A chain whose product is not dense keeps the entries on its support.
+        Redundant pairs (a rank that restricts no block) are fused, and split again exactly at the end.
+    order
+        One of the names above, ``"balanced"`` (the middle first), or the splits ``0 .. L - 2`` in the order of the cuts.
+    bounds
+        Whether to look for a better lower bound than the first split gives.
 
     Notes
     -----
     ``O(n^2)`` for the square radix-2 chain; the lower bound costs as much again, and is left at the first split where the
-    error is rounding.
+    error is rounding. Memory: about two and a half times the matrix.
     """
-    remaining = list(accumulate(reversed(patterns), lambda product, p: p.product(product)))[::-1]
-    whole, outside = restrict(target, remaining[0])
-    norm, discarded, first = frobenius(target), outside**2, 0.0
-    active, factors = whole, []
-    for i, left in enumerate(patterns[:-1]):
-        right = remaining[i + 1]
+    links = without_redundancy(patterns)
+    fused = [link.pattern for link in links]
+    whole, outside = restrict(target, reduce(Pattern.product, fused))
+    norm = frobenius(target)
+    cuts = splits(order, patterns, links)
+    factors, discarded, first = hierarchical(whole, fused, cuts)
+    if peels(cuts):
+        error = math.sqrt(discarded + outside**2)
+    else:
+        error = math.hypot(frobenius(whole - expand(factors, fused)), outside)
+    bound = safe_bound(math.sqrt(max(0.0, first)), norm, max(target.shape))
+    if bounds and error > _ROUNDING * norm:
+        bound = max([bound, *inner_bounds(whole, fused, cuts[:1])])
+    if len(factors) == 1 and np.shares_memory(factors[0], target):
+        factors = [np.array(factors[0])]
+    parts = [part for link, f in zip(links, factors, strict=True) for part in unfused(link, f)]
+    return Sweep(balance(parts), error, math.hypot(bound, outside))
+
+
+def hierarchical(
+    whole: np.ndarray,
+    patterns: Sequence[Pattern],
+    cuts: Sequence[int],
+) -> tuple[list[np.ndarray], float, float]:
+    """Factors of a chain without redundancy, the sum of the squares of the discarded parts, and a bound of the first one.
+
+    The parts left of the one that carries the norm have orthonormal columns in every block and those right of it
+    orthonormal rows; QR factorizations move the norm to the part that is split next.
+    """
+    table = products(patterns)
+    spans, parts = [(0, len(patterns) - 1)], [whole]
+    centre, discarded, first = 0, 0.0, 0.0
+    for i, cut in enumerate(cuts):
+        k = next(j for j, (low, high) in enumerate(spans) if low <= cut < high)
+        while centre != k:
+            centre = _move(parts, [table[s] for s in spans], centre, 1 if k > centre else -1)
+        low, high = spans[k]
+        left, right = table[low, cut], table[cut + 1, high]
         rank = left.chain_rank(right) or 0
-        blocks = split_view(active, left, right)
-        u, s = left_svd(blocks)
-        u = u[..., :rank]
-        tail = float(tails(s)[min(rank, s.shape[-1])])
-        discarded += tail**2
-        first = first if i else tail
-        x, y = fill(u, u.conj().swapaxes(-1, -2) @ blocks, rank)
-        factors.append(left_blocks(x, left))
-        active = right_blocks(y, right)
-    factors.append(np.array(active) if active is whole else active)
-    error = math.sqrt(discarded)
-    bound = safe_bound(first, norm, max(target.shape))
-    if error > _ROUNDING * norm:
-        bound = max([bound, *inner_bounds(whole, patterns)])
-    return Sweep(balance(factors), error, math.hypot(bound, outside))
+        blocks = split_view(parts[k], left, right)
+        if i + 1 < len(cuts) and cuts[i + 1] < cut:
+            found = truncated(adjoint(blocks), rank)
+            x, y = adjoint(found.y), adjoint(found.u)
+        else:
+            found = truncated(blocks, rank)
+            x, y, centre = found.u, found.y, k + 1
+        parts[k : k + 1] = [left_blocks(x, left), right_blocks(y, right)]
+        spans[k : k + 1] = [(low, cut), (cut + 1, high)]
+        discarded += found.discarded
+        first = first if i else found.bound
+    return parts, discarded, first
 
 
-def inner_bounds(whole: np.ndarray, patterns: Sequence[Pattern]) -> list[float]:
-    """Lower bounds of ``E_s`` at every split after the first, 0 where it is not affordable."""
-    heads = list(accumulate(patterns, Pattern.product))
-    rests = list(accumulate(reversed(patterns), lambda product, p: p.product(product)))[::-1]
-    pairs = list(zip(heads, rests[1:], strict=False))[1:]
+def _move(parts: list[np.ndarray], patterns: Sequence[Pattern], centre: int, step: int) -> int:
+    """Carry the norm one part to the right or left by the QR factorization of every block; the product stays."""
+    low = min(centre, centre + step)
+    left, right = patterns[low], patterns[low + 1]
+    x, y = left_view(parts[low], left, right), right_view(parts[low + 1], left, right)
+    if step > 0:
+        x, r = np.linalg.qr(x)
+        y = multiply(r, y)
+    else:
+        q, r = np.linalg.qr(adjoint(y))
+        x, y = multiply(x, adjoint(r)), adjoint(q)
+    parts[low], parts[low + 1] = left_blocks(x, left), right_blocks(y, right)
+    return centre + step
+
+
+# ---- orders and redundancy ------------------------------------------------------------------------------------------
+
+
+def without_redundancy(patterns: Sequence[Pattern]) -> list[Link]:
+    """The chain after fusing every pair whose rank ``r >= min(b1, c2)`` restricts nothing (arXiv 2411.04506, section 4)."""
+    links, i = [Link(p) for p in patterns], 0
+    while i + 1 < len(links):
+        left, right = links[i].pattern, links[i + 1].pattern
+        if (left.chain_rank(right) or 0) >= min(left.b, right.c):
+            links[i : i + 2] = [Link(left.product(right), (links[i], links[i + 1]))]
+            i = max(0, i - 1)
+        else:
+            i += 1
+    return links
+
+
+def unfused(link: Link, blocks: np.ndarray) -> list[np.ndarray]:
+    """The factors of a fused pair, exactly: an identity beside the blocks themselves."""
+    if link.pair is None:
+        return [blocks]
+    left, right = (part.pattern for part in link.pair)
+    rank, view = left.chain_rank(right) or 0, split_view(blocks, left, right)
+    b, c = view.shape[-2:]
+    eye = np.broadcast_to(np.eye(min(b, c), dtype=view.dtype), (*view.shape[:-2], min(b, c), min(b, c)))
+    x, y = fill(eye, view, rank) if b <= c else fill(view, eye, rank)
+    return [*unfused(link.pair[0], left_blocks(x, left)), *unfused(link.pair[1], right_blocks(y, right))]
+
+
+def splits(order: str | Sequence[int], patterns: Sequence[Pattern], links: Sequence[Link]) -> list[int]:
+    """The splits of the fused chain, in the order of the cuts; ``ValueError`` for what is no order."""
+    count = len(patterns) - 1
+    if isinstance(order, str):
+        if order not in ORDERS:
+            raise ValueError(f"order: expected one of {', '.join(ORDERS)} or a sequence of splits, got {order!r}")
+        inner = list(range(len(links) - 1))
+        return {"left-to-right": inner, "right-to-left": inner[::-1], "balanced": _balanced(0, len(links) - 1)}[order]
+    if sorted(order) != list(range(count)):
+        raise ValueError(f"order: expected each of the splits 0..{count - 1} once, got {list(order)}")
+    ends = np.cumsum([_length(link) for link in links]) - 1  # the last original factor of every link
+    place = {int(end): i for i, end in enumerate(ends[:-1])}
+    return [place[cut] for cut in order if cut in place]
+
+
+def _length(link: Link) -> int:
+    return 1 if link.pair is None else _length(link.pair[0]) + _length(link.pair[1])
+
+
+def _balanced(low: int, high: int) -> list[int]:
+    if high <= low:
+        return []
+    middle = (low + high) // 2
+    return [middle, *_balanced(low, middle), *_balanced(middle + 1, high)]
+
+
+def peels(cuts: Sequence[int]) -> bool:
+    """Whether every cut takes a single factor off an end of what is left, which makes the discarded parts orthogonal."""
+    low, high = 0, len(cuts)
+    for cut in cuts:
+        if cut == low:
+            low += 1
+        elif cut == high - 1:
+            high -= 1
+        else:
+            return False
+    return True
+
+
+def inner_bounds(whole: np.ndarray, patterns: Sequence[Pattern], known: Sequence[int] = ()) -> list[float]:
+    """Lower bounds of ``E_s`` at every split but the known ones, 0 where it is not affordable.
+
+    Of a large matrix only the splits with the largest affordable blocks are looked at, which are those that cost most to
+    leave out: the nearer the middle, the more a split restricts.
+    """
+    table, last = products(patterns), len(patterns) - 1
+    pairs = [(table[0, s], table[s + 1, last]) for s in range(last) if s not in known]
+    if whole.size >= _LARGE:
+        sides = [min(left.b, right.c) for left, right in pairs]
+        largest = max((side for side in sides if side <= GRAM_SIDE), default=0)
+        pairs = [pair for pair, side in zip(pairs, sides, strict=True) if side == largest]
     return [gram_tail(split_view(whole, left, right), left.chain_rank(right) or 0) for left, right in pairs]
 
 
-def split_view(active: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
-    """The blocks ``(a1, p, q, d2, b1, c2)`` that a chainable pair holds at its rank; ``p = a2/a1``, ``q = d1/d2``.
-
-    ``active`` are the blocks ``(a1, d2, b1 q, p c2)`` of a factor with the pattern of the product.
-    """
-    p, q = right.a // left.a, left.d // right.d
-    return active.reshape(left.a, right.d, left.b, q, p, right.c).transpose(0, 4, 3, 1, 2, 5)
-
-
-def left_blocks(x: np.ndarray, left: Pattern) -> np.ndarray:
-    """Blocks ``(a, d, b, c)`` of the left factor from ``(a1, p, q, d2, b1, r)``."""
-    return x.transpose(0, 2, 3, 4, 1, 5).reshape(left.a, left.d, left.b, left.c)
-
-
-def right_blocks(y: np.ndarray, right: Pattern) -> np.ndarray:
-    """Blocks ``(a, d, b, c)`` of the right factor from ``(a1, p, q, d2, r, c2)``."""
-    return y.transpose(0, 1, 3, 4, 2, 5).reshape(right.a, right.d, right.b, right.c)
-
-
 def balance(factors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The same chain with factors of nearly equal norm, by exact powers of two: the sweep leaves all of it in the last."""
+    """The same chain with factors of nearly equal norm, by exact powers of two: the sweep leaves all of it in one."""
     norms = [frobenius(f) for f in factors]
     if not all(norms):
         return tuple(factors)
@@ -111,15 +251,76 @@ def balance(factors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     return tuple(f * 2.0**shift for f, shift in zip(factors, shifts, strict=True))
 
 
+# ---- families -------------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """A chain near a matrix with the axis orders that the search found, and how it was found."""
+
+    found: Sweep
+    out_order: AxisOrder | None
+    in_order: AxisOrder | None
+    method: str
+
+
+def fit(target: np.ndarray, patterns: Sequence[Pattern], request: Request) -> Fit:
+    """The chain nearest to a matrix that it covers, by the sweep, the search of axis orders and the refinement asked for."""
+    padded, order = pad(target, patterns), request.order or ORDERS[0]
+    rows = cols = None
+    if request.permutation == "search":
+        candidates = digit_orders(padded, patterns)
+        tried = [
+            (sweep(reorder(padded, r, c), patterns, order, bounds=False).error, i)
+            for i, (r, c) in enumerate(candidates)
+        ]
+        rows, cols = candidates[_least(tried, request.norm)]
+        padded = reorder(padded, rows, cols)
+    found = sweep(padded, patterns, order)
+    refined = 0
+    if request.refine and found.error > _ROUNDING * request.norm and len(patterns) > 2:
+        links = without_redundancy(patterns)
+        fused = [link.pattern for link in links]
+        found, refined = refine(padded, fused, links, found, request.refine)
+    note = f" + {refined} sweeps of alternating least squares" if refined else ""
+    note += ", axis orders searched" if request.permutation == "search" else ""
+    return Fit(found, rows.T if rows else None, cols, method(patterns, order) + note)
+
+
+def _least(tried: Sequence[tuple[float, int]], norm: float) -> int:
+    """The first candidate whose error is the least but for rounding."""
+    best = min(error for error, _ in tried)
+    return next(i for error, i in tried if error <= best + _ROUNDING * norm)
+
+
+def refine(
+    target: np.ndarray, patterns: Sequence[Pattern], links: Sequence[Link], start: Sweep, sweeps: int | bool
+) -> tuple[Sweep, int]:
+    """A sweep's result improved by alternating least squares, never made worse, and the number of sweeps taken."""
+    whole, outside = restrict(target, reduce(Pattern.product, patterns))
+    factors, errors = alternate(whole, fused_factors(start.factors, links), patterns, sweeps)
+    error = math.hypot(errors[-1], outside)
+    if error >= start.error:
+        return start, 0
+    parts = [part for link, f in zip(links, factors, strict=True) for part in unfused(link, f)]
+    return Sweep(balance(parts), error, min(start.lower_bound, error)), len(errors) - 1
+
+
+def fused_factors(factors: Sequence[np.ndarray], links: Sequence[Link]) -> list[np.ndarray]:
+    """The factors of the chain without redundancy, from those of the whole chain."""
+    rest, result = list(factors), []
+    for link in links:
+        count = _length(link)
+        part, rest = rest[:count], rest[count:]
+        result.append(expand(part, [Pattern(f.shape[0], f.shape[2], f.shape[3], f.shape[1]) for f in part]))
+    return result
+
+
 def project_chain(target: np.ndarray, request: Request) -> Solution:
     """A chain of given patterns; optimal for one and two factors, else within ``sqrt(L - 1)`` of the best."""
     if request.patterns is None:
         raise ValueError("patterns: projection onto a Chain needs the patterns (a, b, c, d) of its factors")
-    patterns = request.patterns
-    check_chainable(patterns, target.shape)
-    found = sweep(pad(target, patterns), patterns)
-    shape = (target.shape[0], target.shape[1])
-    return Solution(Chain(found.factors, shape), found.lower_bound, method(patterns))
+    check_chainable(request.patterns, target.shape)
+    return _solution(Chain, target, fit(target, request.patterns, request))
 
 
 def project_butterfly(target: np.ndarray, request: Request) -> Solution:
@@ -129,36 +330,85 @@ def project_butterfly(target: np.ndarray, request: Request) -> Solution:
     """
     shape = (target.shape[0], target.shape[1])
     if request.patterns is not None:
-        patterns = request.patterns
-        check_chainable(patterns, target.shape, rank=1)
-        found = sweep(pad(target, patterns), patterns)
-    elif request.free:
-        patterns, found = choose_radix(target, request)
-    else:
-        patterns = tuple(butterfly_patterns(shape, request.radix))
-        found = sweep(pad(target, patterns), patterns)
-    return Solution(Butterfly(found.factors, shape), found.lower_bound, method(patterns))
+        check_chainable(request.patterns, target.shape, rank=1)
+        return _solution(Butterfly, target, fit(target, request.patterns, request))
+    if request.free:
+        radices = (None, *(2**i for i in range(1, max(shape).bit_length() + 1)))
+        candidates = {tuple(butterfly_patterns(shape, radix)) for radix in radices}
+        longest = max(map(len, candidates))
+        return _solution(
+            Butterfly, target, choose(target, [c for c in candidates if len(c) >= min(2, longest)], request)
+        )
+    return _solution(Butterfly, target, fit(target, butterfly_patterns(shape, request.radix), request))
 
 
-def choose_radix(target: np.ndarray, request: Request) -> tuple[tuple[Pattern, ...], Sweep]:
-    """The radix with the least error within the budget, or the fewest parameters within the tolerance."""
+def project_train(target: np.ndarray, request: Request) -> Solution:
+    """A Block Tensor-Train of three and more cores: a chain whose output digits are reversed.
+
+    A budget or a tolerance picks the rank, the same for every link: the largest within the budget, the smallest within the
+    tolerance by bisection.
+    """
+    shape, cores = (target.shape[0], target.shape[1]), request.cores or 2
+    q, p = balanced_radices(shape[0], cores), balanced_radices(shape[1], cores)
+
+    def patterns(rank: int) -> tuple[Pattern, ...]:
+        return tuple(Pattern(*t) for t in chain_patterns(q, p, (1, *([rank] * (cores - 1)), 1)))
+
+    order = digit_reversal(output_radices(patterns(1), "BlockTensorTrain"))
+    padded = np.pad(target, [(0, math.prod(q) - shape[0]), (0, math.prod(p) - shape[1])])[order.T.permutation()]
+    found = (
+        fit(padded, patterns(request.rank or 1), request) if not request.free else _rank_of(padded, patterns, request)
+    )
+    operator = BlockTensorTrain._rebuild(found.found.factors, shape, compose(found.out_order, order)[1], found.in_order)
+    return Solution(operator, found.found.lower_bound, found.method)
+
+
+def _rank_of(padded: np.ndarray, patterns: Callable[[int], tuple[Pattern, ...]], request: Request) -> Fit:
+    """The fit of the largest rank within the budget, or of the smallest within the tolerance."""
+    full = 1  # the first rank that restricts nothing
+    while len(without_redundancy(patterns(full))) > 1:
+        full *= 2
+    low, high = 1, full
+    if request.limit is not None:
+        if parameters(patterns(1)) > request.limit:
+            raise infeasible(request, parameters(patterns(1)))
+        rank = max(r for r in range(1, full + 1) if parameters(patterns(r)) <= request.limit)
+        return fit(padded, patterns(rank), request)
+    best: Fit | None = None
+    closest = math.inf
+    while low <= high:
+        middle = (low + high) // 2
+        found = fit(padded, patterns(middle), request)
+        if found.found.error <= allowed_error(request):
+            best, high = found, middle - 1
+        else:
+            low = middle + 1
+            closest = min(closest, found.found.error)
+    if best is None:
+        raise unreachable(request, closest)
+    return best
+
+
+def _solution(family: type[Chain], target: np.ndarray, found: Fit) -> Solution:
     shape = (target.shape[0], target.shape[1])
-    radices = (None, *(2**i for i in range(1, max(shape).bit_length() + 1)))
-    candidates = {tuple(butterfly_patterns(shape, radix)) for radix in radices}
-    longest = max(map(len, candidates))
-    candidates = sorted((c for c in candidates if len(c) >= min(2, longest)), key=parameters)
+    operator = family._rebuild(found.found.factors, shape, found.out_order, found.in_order)
+    return Solution(operator, found.found.lower_bound, found.method)
+
+
+def choose(target: np.ndarray, members: Iterable[Sequence[Pattern]], request: Request) -> Fit:
+    """The member with the least error within the budget, or the one with the fewest parameters within the tolerance."""
+    candidates = sorted(members, key=parameters)
     if request.limit is not None:
         fitting = [c for c in candidates if parameters(c) <= request.limit]
         if not fitting:
             raise infeasible(request, parameters(candidates[0]))
-        found = [(c, sweep(pad(target, c), c)) for c in fitting]
-        return min(found, key=lambda pair: pair[1].error)
+        return min((fit(target, c, request) for c in fitting), key=lambda f: f.found.error)
     best = math.inf
     for c in candidates:  # by size: the first one that is near enough is the smallest
-        found = sweep(pad(target, c), c)
-        if found.error <= allowed_error(request):
-            return c, found
-        best = min(best, found.error)
+        found = fit(target, c, request)
+        if found.found.error <= allowed_error(request):
+            return found
+        best = min(best, found.found.error)
     raise unreachable(request, best)
 
 
@@ -174,10 +424,13 @@ def pad(target: np.ndarray, patterns: Sequence[Pattern]) -> np.ndarray:
     return target if (rows, cols) == (m, n) else np.pad(target, [(0, rows - m), (0, cols - n)])
 
 
-def method(patterns: Sequence[Pattern]) -> str:
-    """What the sweep is for a chain of this length."""
+def method(patterns: Sequence[Pattern], order: str | Sequence[int]) -> str:
+    """What the sweep is for a chain of this length and order."""
     names = {1: "entries on the support (optimal)", 2: "blockwise SVD (optimal)"}
-    return names.get(len(patterns), "hierarchical SVD from left to right")
+    how = {"left-to-right": "from left to right", "right-to-left": "from right to left", "balanced": "from the middle"}
+    return names.get(
+        len(patterns), f"hierarchical SVD {how[order] if isinstance(order, str) else 'in the order given'}"
+    )
 
 
 def check_chainable(patterns: Sequence[Pattern], shape: tuple[int, ...], rank: int | None = None) -> None:

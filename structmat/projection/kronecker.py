@@ -1,4 +1,4 @@
-"""Kronecker products and sums of them: an SVD of the rearranged matrix, power iterations for three and more factors."""
+"""Kronecker products and sums of them: SVD of the rearranged matrix; rank-one tensors for three and more factors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from structmat.algebra import Sum
+from structmat.operator import Operator
+from structmat.projection.canonical import canonical
 from structmat.projection.certificate import frobenius
+from structmat.projection.lanczos import leading_triplets
 from structmat.projection.selection import Ladder, Request, Solution, choose
-from structmat.projection.svd import gram_tail, safe_bound, singular_values, svd, tails, truncate
+from structmat.projection.svd import gram_tail, safe_bound, singular_values, svd, tails, truncate, truncated
 from structmat.structures.kronecker import Kronecker, kronecker_shapes
 
 Shapes = tuple[tuple[int, int], ...]
+
+METHODS = ("auto", "svd", "lanczos")
+LARGE = 512  # rearranged matrices with a shorter side have their SVD in well below a second
+SHARE = 32  # more terms than this fraction of the side are found sooner by the full SVD
 
 _SWEEPS = 200
 _STALLED = 1e-13  # relative growth of the captured norm at which the power iteration stops
@@ -21,7 +28,7 @@ _ROUNDING = 1e-13  # relative error below which a better lower bound says nothin
 
 
 def project_kronecker(target: np.ndarray, request: Request) -> Solution:
-    """The nearest Kronecker product, or sum of ``terms`` products of two factors.
+    """The nearest Kronecker product, or sum of ``terms`` products.
 
     A budget or a tolerance without ``shapes`` compares the two near-square splits ``(m1, n1), (m2, n2)``; where neither
     meets a budget it takes the split with the fewest parameters.
@@ -32,11 +39,12 @@ def project_kronecker(target: np.ndarray, request: Request) -> Solution:
     if len(shapes) == 1 and not request.free and (request.terms or 1) == 1:
         return Solution(Kronecker(target.copy()), 0.0, "copy (exact)")
     if len(shapes) != 2:
-        if request.free or (request.terms or 1) > 1:
+        if request.free or len(shapes) == 1:
             raise ValueError(
-                f"shapes: terms, a budget or a tolerance need two factors (more have no SVD), got {len(shapes)}"
+                "shapes: a budget and a tolerance need two factors (no SVD says how many terms of more factors are "
+                f"needed), terms at least two; got {len(shapes)}"
             )
-        return rank_one(target, shapes)
+        return rank_one(target, shapes) if (request.terms or 1) == 1 else canonical_sum(target, shapes, request)
     splits = [shapes]
     if request.free and request.shapes is None:
         splits = near_square_splits(shape)
@@ -50,8 +58,15 @@ def kronecker_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]
 
     The rearranged matrix ``R[(i1 k1), (i2 k2)] = W[(i1 i2), (k1 k2)]`` of ``sum_t X_t (x) Y_t`` is
     ``sum_t vec(X_t) vec(Y_t)^T``, so that its truncated SVD is the answer and ``error**2 = sum of the discarded s**2``.
-    Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993. Cost: one thin SVD of ``R``.
+    Source: Van Loan and Pitsianis, "Approximation with Kronecker products", 1993. ``N`` terms of shapes ``(N, N)`` and
+    ``(m/N, n/N)`` are the parameterised hypercomplex multiplications of Zhang et al., ICLR 2021 (arXiv 2102.08597).
+
+    Cost: one thin SVD of ``R``, or ``m n`` for each of some tens of Lanczos steps where few terms of a large ``R`` are
+    wanted (:func:`structmat.projection.lanczos.leading_triplets`: the same optimum to ``1e-10``).
     """
+    fast = lanczos_sum(target, request, splits)
+    if fast is not None:
+        return fast
     if len(splits) > 1:
         ladders = [Ladder(a, parameters(a), tails(singular_values(unfold(target, a)))) for a in splits]
         shapes, terms = choose(ladders, request)
@@ -60,12 +75,41 @@ def kronecker_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]
         (shapes,) = splits
         u, s, vh = svd(unfold(target, shapes))
         terms = request.terms or choose([Ladder(shapes, parameters(shapes), tails(s))], request)[1]
+    bound = safe_bound(float(tails(s)[min(terms, len(s))]), request.norm, max(u.shape[0], vh.shape[1]))
+    return Solution(products(u, s, vh, shapes, terms), bound, "Van Loan-Pitsianis SVD (optimal)")
+
+
+def lanczos_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]) -> Solution | None:
+    """The same from a few Lanczos vectors; ``None`` where the full SVD is asked for, is sooner found, or has to decide."""
+    if request.method == "svd" or request.tol is not None:
+        return None
+    best = None
+    for shapes in splits:
+        terms = request.terms or (request.limit or 0) // parameters(shapes)
+        side = min(math.prod(s) for s in shapes)
+        few = side >= LARGE and SHARE * terms <= side
+        if terms < 1 or not (few or (request.method == "lanczos" and request.terms and terms < side)):
+            return None
+        rng = np.random.default_rng(0 if request.rng is None else request.rng)
+        found = leading_triplets(unfold(target, shapes), terms, request.norm, rng)
+        if found is None:
+            return None
+        error = request.norm**2 - float(np.square(found.s).sum())
+        if best is None or error < best[0]:
+            best = (error, shapes, found, terms)
+    if best is None:
+        return None
+    _, shapes, (u, s, vh, bound), terms = best
+    if request.limit is not None:  # terms that are rounding are not stored
+        terms = max(1, min(terms, int((s > np.finfo(np.float64).eps * request.norm).sum())))
+    return Solution(products(u, s, vh, shapes, terms), bound, "Van Loan-Pitsianis, Lanczos (optimal to 1e-10)")
+
+
+def products(u: np.ndarray, s: np.ndarray, vh: np.ndarray, shapes: Shapes, terms: int) -> Operator:
+    """The sum of Kronecker products that the first ``terms`` singular triplets of the rearranged matrix stand for."""
     x, y = truncate(u, s, vh, terms)
-    products = [
-        Kronecker(np.ascontiguousarray(x[:, t]).reshape(shapes[0]), y[t].reshape(shapes[1])) for t in range(terms)
-    ]
-    bound = safe_bound(float(tails(s)[min(terms, len(s))]), request.norm, max(x.shape[0], y.shape[1]))
-    return Solution(products[0] if terms == 1 else Sum(*products), bound, "Van Loan-Pitsianis SVD (optimal)")
+    parts = [Kronecker(np.ascontiguousarray(x[:, t]).reshape(shapes[0]), y[t].reshape(shapes[1])) for t in range(terms)]
+    return parts[0] if terms == 1 else Sum(*parts)
 
 
 def rank_one(target: np.ndarray, shapes: Shapes) -> Solution:
@@ -73,19 +117,41 @@ def rank_one(target: np.ndarray, shapes: Shapes) -> Solution:
 
     Successive SVDs (within ``sqrt(k - 1)`` of the best, Oseledets 2011), then the higher-order power method: every update
     is the best factor for the others, so that the error never grows (De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix
-    Anal. Appl. 21, 2000). The problem is NP-hard in general: the result is a local optimum. Cost: about ``m n`` times the
+    Anal. Appl. 21, 2000). The problem is NP-hard in general: the result is a local optimum. Every unfolding of the tensor
+    would have rank 1, so that the error of its best rank-1 approximation is a lower bound. Cost: about ``m n`` times the
     smallest factor size for the start, ``2 m n`` for each update of a small factor.
     """
     tensor = unfold(target, shapes)
-    vectors, captured = power_iteration(tensor, successive_svd(tensor))
+    norm = frobenius(target)
+    start, first = successive_svd(tensor)
+    vectors, captured = power_iteration(tensor, start)
     scale = captured ** (1.0 / len(shapes))
     factors = [(scale * v).reshape(s) for v, s in zip(vectors, shapes, strict=True)]
-    norm = frobenius(target)
     error = frobenius(tensor - captured * outer(vectors))
-    bound = 0.0
+    bound = safe_bound(first, norm, max(target.shape))
     if error > _ROUNDING * norm:
-        bound = max((gram_tail(matrix, 1) for matrix in unfoldings(tensor)), default=0.0)
+        bound = max(bound, unfolding_bound(tensor, 1))
     return Solution(Kronecker(*factors), bound, "successive SVDs, then higher-order power iterations")
+
+
+def canonical_sum(target: np.ndarray, shapes: Shapes, request: Request) -> Solution:
+    """A sum of Kronecker products of three and more factors: the rearranged tensor is approximated by one of rank ``terms``.
+
+    Alternating least squares (:func:`structmat.projection.canonical.canonical`): a local optimum. A tensor of rank ``t`` has
+    unfoldings of rank ``t``, which give the lower bound.
+    """
+    tensor, terms = unfold(target, shapes), request.terms or 1
+    factors = canonical(tensor, terms, np.random.default_rng(0 if request.rng is None else request.rng))
+    parts = [
+        Kronecker(*(np.ascontiguousarray(f[:, t]).reshape(s) for f, s in zip(factors, shapes, strict=True)))
+        for t in range(terms)
+    ]
+    return Solution(Sum(*parts), unfolding_bound(tensor, terms), "alternating least squares (canonical decomposition)")
+
+
+def unfolding_bound(tensor: np.ndarray, rank: int) -> float:
+    """The largest error of the best rank-``rank`` approximation of any unfolding: no tensor of that rank is nearer."""
+    return max((gram_tail(matrix, rank) for matrix in unfoldings(tensor)), default=0.0)
 
 
 def unfold(target: np.ndarray, shapes: Shapes) -> np.ndarray:
@@ -104,16 +170,17 @@ def unfoldings(tensor: np.ndarray) -> Iterator[np.ndarray]:
         yield np.moveaxis(tensor, i, 0).reshape(tensor.shape[i], -1)
 
 
-def successive_svd(tensor: np.ndarray) -> list[np.ndarray]:
-    """Unit vectors, one per axis, whose outer product is near the tensor up to a factor."""
-    vectors, rest = [], tensor
-    for size in tensor.shape[:-1]:
-        u, s, vh = svd(rest.reshape(size, -1))
-        vectors.append(u[:, 0])
-        rest = s[0] * vh[0]
+def successive_svd(tensor: np.ndarray) -> tuple[list[np.ndarray], float]:
+    """Unit vectors, one per axis, whose outer product is near the tensor up to a factor; the error of the first split."""
+    vectors, rest, first = [], tensor, 0.0
+    for i, size in enumerate(tensor.shape[:-1]):
+        cut = truncated(rest.reshape(size, -1), 1)
+        first = first if i else math.sqrt(max(0.0, cut.bound))
+        vectors.append(cut.u[:, 0])
+        rest = cut.y[0]
     last = rest.ravel()
     norm = frobenius(last)
-    return [*vectors, last / norm if norm else last]
+    return [*vectors, last / norm if norm else last], first
 
 
 def power_iteration(tensor: np.ndarray, vectors: list[np.ndarray]) -> tuple[list[np.ndarray], float]:

@@ -28,8 +28,18 @@ class Request:
     blocks: int | tuple[int, int] | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
     terms: int | None = None
+    block: tuple[int, int] | None = None
+    places: tuple[Any, Any] | None = None
     radix: int | None = None
     patterns: tuple[Pattern, ...] | None = None
+    cores: int | None = None
+    order: str | tuple[int, ...] | None = None
+    refine: int | bool | None = None
+    permutation: str | None = None  # "search"; given index arrays are applied before and after
+    layout: str | tuple[str, str] | None = None
+    method: str = "auto"
+    interpolative: bool = False
+    rng: Any = None
 
     @property
     def free(self) -> bool:
@@ -43,14 +53,21 @@ class Solution(NamedTuple):
     operator: Operator
     lower_bound: float
     method: str
+    indices: tuple[np.ndarray, np.ndarray] | None = None  # rows and columns of a CUR decomposition
+    ridge: float = 0.0  # relative ridge on a nearly singular weight
 
 
 class Ladder(NamedTuple):
-    """Members of a family that one spectrum covers: rung ``r`` costs ``r * step`` and has the error ``errors[r]``."""
+    """Members of a family that one spectrum covers: rung ``r`` costs ``r (step - r gauge)`` and has the error ``errors[r]``."""
 
     member: Any  # the architecture without its rank
     step: int
     errors: np.ndarray  # (rungs + 1,), errors[0] that of the zero matrix
+    gauge: int = 0  # identity blocks of r x r in the interpolative form
+
+    def cost(self, rung: int) -> int:
+        """Parameters of a rung."""
+        return rung * (self.step - rung * self.gauge)
 
 
 def choose(ladders: Sequence[Ladder], request: Request) -> tuple[Any, int]:
@@ -58,7 +75,7 @@ def choose(ladders: Sequence[Ladder], request: Request) -> tuple[Any, int]:
 
     Raises ``ValueError`` that names the nearest feasible parameter count, or the best error that can be reached.
     """
-    rungs = [(float(a.errors[r]), r * a.step, a.member, r) for a in ladders for r in _worthwhile(a, request)]
+    rungs = [(float(a.errors[r]), a.cost(r), a.member, r) for a in ladders for r in _worthwhile(a, request)]
     if request.limit is not None:
         fitting = [rung for rung in rungs if rung[1] <= request.limit]
         if not fitting:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 GRAM_SIDE = 64  # larger Gram matrices cost more than the projection that they certify
 _EPS = float(np.finfo(np.float64).eps)
+_PIECE = 1 << 18  # entries of a stack worked on at a time
+_LONG = 16  # columns from which BLAS is faster than a ufunc
+_CANCELLED = 1e-3  # share of the squared norm below which an error is not taken as a difference of squares
+_TRUSTED = 1e9  # the rounding of a Gram matrix must be this much smaller than the error that is read off it
 
 
 def svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -36,6 +42,152 @@ def _svd_one_by_one(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
             ) from error
     u, s, vh = (np.stack(part) for part in zip(*parts, strict=True))
     return u.reshape(*batch, *u.shape[1:]), s.reshape(*batch, *s.shape[1:]), vh.reshape(*batch, *vh.shape[1:])
+
+
+class Truncation(NamedTuple):
+    """The best rank-``r`` blocks ``u @ y`` of a stack, ``u`` with orthonormal columns and ``y = u^H blocks``."""
+
+    u: np.ndarray  # (..., b, r)
+    y: np.ndarray  # (..., r, c)
+    discarded: float  # squared error over all blocks
+    bound: float  # squared error that no blocks of this rank can have less than, up to rounding
+
+
+def truncated(blocks: np.ndarray, rank: int) -> Truncation:
+    """Nearest blocks of a rank to a stack ``(..., b, c)``, on the cheapest road that is as accurate as the SVD.
+
+    Two rows: eigenvector of the 2x2 Hermitian Gram matrix in closed form. One side at least twice the other: ``eigh`` of the
+    Gram matrix; it squares the condition number, so that where the error is small against the blocks one power step with QR
+    restores full accuracy (Rutishauser's subspace iteration), and the SVD takes over where the bound below cannot vouch for
+    the result. Else the batched SVD. The rank may exceed the sides: zeros follow.
+    """
+    b, c = blocks.shape[-2:]
+    if rank >= min(b, c):
+        return _whole(blocks, rank)
+    if (b == 2 and rank == 1) or 2 * min(b, c) <= max(b, c):
+        road = _two_rows if b == 2 and rank == 1 else _gram
+        batch = blocks.shape[:-2]
+        u = np.empty((*batch, b, rank), blocks.dtype)
+        y = np.empty((*batch, rank, c), blocks.dtype)
+        discarded = bound = 0.0
+        for part in pieces(blocks.shape):
+            error, below = road(blocks[part], u[part], y[part])
+            discarded, bound = discarded + error, bound + below
+        return Truncation(u, y, discarded, bound)
+    return _by_svd(blocks, rank)
+
+
+def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """Indices of the leading axes that cut a stack ``(..., b, c)`` into pieces that stay in a cache."""
+    batch, size = shape[:-2], math.prod(shape[-2:])
+    axis = len(batch)
+    while axis and size * batch[axis - 1] <= _PIECE:
+        axis -= 1
+        size *= batch[axis]
+    if not axis:
+        yield (...,)
+        return
+    step = max(1, _PIECE // size)
+    for outer in np.ndindex(*batch[: axis - 1]):
+        for start in range(0, batch[axis - 1], step):
+            yield (*outer, slice(start, start + step))
+
+
+def _whole(blocks: np.ndarray, rank: int) -> Truncation:
+    b, c = blocks.shape[-2:]
+    if b <= c:
+        u = np.broadcast_to(np.eye(b, dtype=blocks.dtype), (*blocks.shape[:-1], b))
+        return Truncation(*fill(u, blocks, rank), 0.0, 0.0)
+    u, y = np.linalg.qr(blocks)
+    return Truncation(*fill(u, y, rank), 0.0, 0.0)
+
+
+def _two_rows(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Rank 1 of ``(..., 2, c)``: ``u = (cos t e^{i phi}, sin t)``, ``tan 2t = 2 |h| / (a - d)``, ``G = [[a, h], [h*, d]]``.
+
+    Like :func:`_gram` it fills ``u`` and ``y`` and returns the squared error and its bound.
+    """
+    t0, t1 = blocks[..., 0, :], blocks[..., 1, :]
+    a, d = np.real(_dot(t0, t0)), np.real(_dot(t1, t1))
+    h = np.asarray(_dot(t1, t0))
+    size = np.abs(h)
+    angle = 0.5 * np.arctan2(2.0 * size, a - d)
+    phase = np.divide(h, size, out=np.ones_like(h), where=size > 0)
+    u0, u1 = np.cos(angle) * phase, np.sin(angle)
+    u[..., 0, 0], u[..., 1, 0] = u0, u1
+    _combine(u0.conj(), u1, blocks, y)
+    total = float((a + d).sum())
+    discarded = float((0.5 * (a + d - np.hypot(a - d, 2.0 * size))).sum())
+    if discarded < _CANCELLED * total:  # the difference has lost its digits: take the residual itself
+        rest = np.empty_like(y)
+        _combine(-u1, u0, blocks, rest)
+        discarded = float(np.vdot(rest, rest).real)
+    return discarded, discarded
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``sum conj(x) y`` along the last axis."""
+    return np.vecdot(x, y) if x.shape[-1] >= _LONG else np.einsum("...c,...c->...", x.conj(), y)
+
+
+def _combine(x0: np.ndarray, x1: np.ndarray, blocks: np.ndarray, out: np.ndarray) -> None:
+    """``x0 row_0 + x1 row_1`` of every block ``(..., 2, c)`` into ``(..., 1, c)``."""
+    if blocks.shape[-1] >= _LONG:
+        np.matmul(np.stack([x0, x1], -1)[..., None, :], blocks, out=out)
+    else:
+        np.multiply(x0[..., None], blocks[..., 0, :], out=out[..., 0, :])
+        out[..., 0, :] += x1[..., None] * blocks[..., 1, :]
+
+
+def _gram(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    found = _by_gram(blocks, u.shape[-1])
+    u[...], y[...] = found.u, found.y
+    return found.discarded, found.bound
+
+
+def _by_gram(blocks: np.ndarray, rank: int) -> Truncation:
+    b, c = blocks.shape[-2:]
+    blocks = np.ascontiguousarray(blocks)
+    adjoint = blocks.conj().swapaxes(-1, -2)
+    try:
+        values, vectors = np.linalg.eigh(blocks @ adjoint if b <= c else adjoint @ blocks)
+    except np.linalg.LinAlgError:
+        return _by_svd(blocks, rank)
+    vectors = vectors[..., ::-1][..., :rank]
+    small, total = float(values[..., :-rank].sum()), float(values.sum())
+    allowance = _EPS * max(b, c) * total
+    u = vectors if b <= c else np.linalg.qr(blocks @ vectors)[0]
+    if small > _TRUSTED * allowance:
+        return Truncation(u, u.conj().swapaxes(-1, -2) @ blocks, small, small - allowance)
+    if b <= c:
+        u = np.linalg.qr(blocks @ (adjoint @ u))[0]
+    y = u.conj().swapaxes(-1, -2) @ blocks
+    rest = blocks - u @ y
+    error = float(np.vdot(rest, rest).real)
+    if error <= (_EPS * max(b, c)) ** 2 * total:  # exact: rounding is all that is left
+        return Truncation(u, y, error, 0.0)
+    bound = error - _coupling(y, rest)
+    return Truncation(u, y, error, bound) if bound >= (1.0 - 1e-9) * error else _by_svd(blocks, rank)
+
+
+def _coupling(y: np.ndarray, rest: np.ndarray) -> float:
+    """How much of the squared error a better subspace could still take away, at most; infinite where no gap bounds it.
+
+    In the basis ``(u, u_perp)`` the Gram matrix is ``[[A, E], [E^H, B]]`` with ``A = y y^H``, ``E = y rest^H``. For any
+    subspace with sines of norm ``s`` to ``u`` the trace is at least ``tr B + gap s^2 - 2 ||E|| s >= tr B - ||E||^2 / gap``,
+    where ``gap = min eig A - max eig B``.
+    """
+    links = np.square(np.abs(y @ rest.conj().swapaxes(-1, -2))).sum(axis=(-1, -2))
+    kept = np.linalg.eigvalsh(y @ y.conj().swapaxes(-1, -2))[..., 0]
+    gap = kept - np.square(np.abs(rest)).sum(axis=(-1, -2))
+    blind = (gap <= 0.0) & (links > 0.0)
+    return math.inf if blind.any() else float(np.divide(links, gap, out=np.zeros_like(gap), where=gap > 0.0).sum())
+
+
+def _by_svd(blocks: np.ndarray, rank: int) -> Truncation:
+    u, s, vh = svd(blocks)
+    tail = float(tails(s)[rank]) ** 2
+    return Truncation(u[..., :rank], s[..., :rank, None] * vh[..., :rank, :], tail, tail)
 
 
 def singular_values(blocks: np.ndarray) -> np.ndarray:
@@ -103,6 +255,9 @@ def gram_tail(blocks: np.ndarray, rank: int) -> float:
     if rank >= side or side > GRAM_SIDE:
         return 0.0
     wide = blocks if b <= c else blocks.swapaxes(-1, -2)
-    eigenvalues = np.linalg.eigvalsh(wide @ wide.conj().swapaxes(-1, -2))
-    allowance = _EPS * max(b, c) * float(eigenvalues.sum())
-    return math.sqrt(max(0.0, float(eigenvalues[..., : side - rank].sum()) - allowance))
+    small = total = 0.0
+    for part in pieces(wide.shape):
+        piece = np.ascontiguousarray(wide[part])
+        eigenvalues = np.linalg.eigvalsh(piece @ piece.conj().swapaxes(-1, -2))
+        small, total = small + float(eigenvalues[..., : side - rank].sum()), total + float(eigenvalues.sum())
+    return math.sqrt(max(0.0, small - _EPS * max(b, c) * total))

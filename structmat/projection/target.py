@@ -56,7 +56,8 @@ def like(operator: Operator, source: Array) -> Operator:
 
 def safe_scale(target: np.ndarray) -> float:
     """A power of two that brings extreme entries to about 1; 1 for others, so that squares neither over- nor underflow."""
-    largest = float(np.max(np.abs(target)))
+    complex_values = np.iscomplexobj(target)
+    largest = float(np.max(np.abs(target))) if complex_values else float(max(np.max(target), -np.min(target)))
     if largest == 0.0 or 1e-100 < largest < 1e100:
         return 1.0
     return float(np.exp2(np.floor(np.log2(largest))))

@@ -1,17 +1,23 @@
-"""Monarch and two-core Block Tensor-Train: every block gets its truncated SVD, all in one batched call."""
+"""Monarch and two-core Block Tensor-Train: every block gets its nearest matrix of a rank, all in one batched call."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from structmat.patterns import AxisOrder
+from structmat.projection.hierarchical import project_train
+from structmat.projection.interpolative import interpolate_blocks
 from structmat.projection.selection import Ladder, Request, Solution, choose
-from structmat.projection.svd import safe_bound, singular_values, svd, tails, truncate
+from structmat.projection.svd import Truncation, safe_bound, singular_values, tails, truncated
 from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.chain import ceil_div, split_counts
 from structmat.structures.monarch import Monarch
+
+_TIE = 1e-12  # relative squared error below which two axis orders are equally good
 
 
 class Layout(NamedTuple):
@@ -35,58 +41,120 @@ def layout(shape: tuple[int, int], counts: tuple[int, int], contiguous: bool) ->
     return Layout(l, k, ceil_div(m, l), ceil_div(n, k), contiguous)
 
 
-def blocks_of(target: np.ndarray, layout: Layout) -> np.ndarray:
-    """The blocks ``(k, l, s, p)`` of a matrix, which is extended by zeros where they do not cover it evenly."""
+def blocks_of(target: np.ndarray, layout: Layout, strided: bool = False) -> np.ndarray:
+    """The blocks ``(k, l, s, p)`` of a matrix, which is extended by zeros where they do not cover it evenly.
+
+    ``strided``: the columns of a block are those of equal residue modulo ``k`` instead of a run.
+    """
     l, k, s, p, contiguous = layout
     m, n = target.shape
     if (m, n) != (l * s, k * p):
         target = np.pad(target, [(0, l * s - m), (0, k * p - n)])
-    if contiguous:
-        return target.reshape(l, s, k, p).transpose(2, 0, 1, 3)
-    return target.reshape(s, l, k, p).transpose(2, 1, 0, 3)
+    rows = target.reshape((l, s, -1) if contiguous else (s, l, -1))
+    whole = rows.reshape(*rows.shape[:2], *((p, k) if strided else (k, p)))
+    return whole.transpose(3 if strided else 2, 0 if contiguous else 1, 1 if contiguous else 0, 2 if strided else 3)
+
+
+class Place(NamedTuple):
+    """A layout of the rows and whether a column class is strided."""
+
+    layout: Layout
+    strided: bool = False
 
 
 def nearest_pair(
     target: np.ndarray,  # (m, n)
     request: Request,
-    layouts: Sequence[Layout],
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """``left (l, s, k*r)``, ``right (k, r*l, p)`` nearest to the matrix, and a lower bound of the error.
+    places: Sequence[Place],
+) -> tuple[np.ndarray, np.ndarray, float, Place]:
+    """``left (l, s, k*r)``, ``right (k, r*l, p)`` nearest to the matrix, a lower bound of the error, and where they fit.
 
     The blocks partition the matrix and each is free up to its rank, so that Eckart-Young in every block is optimal:
     ``error**2 = sum over blocks of the discarded s**2`` (Dao et al. 2022, theorem 1, there for rank 1). Padding does not
-    change this: rows and columns of zeros change no singular value. Cost: ``m n min(s, p)``.
+    change this: rows and columns of zeros change no singular value. Cost: ``m n min(s, p)``. Of several places the one with
+    the least error is taken, or what a budget or a tolerance picks.
     """
-    if len(layouts) > 1:
-        ladders = [Ladder(a, a.step, tails(singular_values(blocks_of(target, a)))) for a in layouts]
-        chosen, rank = choose(ladders, request)
-        u, s, vh = svd(blocks_of(target, chosen))
+    if request.rank is None:
+        gauge = 1 if request.interpolative else 0
+        ladders = [
+            Ladder(a, a.layout.step, tails(singular_values(blocks_of(target, *a))), gauge * a.layout.l * a.layout.k)
+            for a in places
+        ]
+        place, rank = choose(ladders, request)
+        found = truncated(blocks_of(target, *place), rank)
     else:
-        (chosen,) = layouts
-        u, s, vh = svd(blocks_of(target, chosen))
-        rank = request.rank or choose([Ladder(chosen, chosen.step, tails(s))], request)[1]
-    x, y = truncate(u, s, vh, rank)  # (k, l, s, r) and (k, l, r, p)
-    left = x.transpose(1, 2, 0, 3).reshape(chosen.l, chosen.s, chosen.k * rank)
-    right = y.transpose(0, 2, 1, 3).reshape(chosen.k, rank * chosen.l, chosen.p)
-    tail = float(tails(s)[min(rank, s.shape[-1])])
-    return left, right, safe_bound(tail, request.norm, max(chosen.s, chosen.p))
+        rank, place = request.rank, places[0]
+        found = truncated(blocks_of(target, *place), rank)
+        for a in places[1:]:
+            other = truncated(blocks_of(target, *a), rank)
+            if other.discarded < found.discarded - _TIE * request.norm**2:
+                found, place = other, a
+    x, y = shared(found)  # (k, l, s, r) and (k, l, r, p)
+    l, k, s, p, _ = place.layout
+    left = x.transpose(1, 2, 0, 3).reshape(l, s, k * rank)
+    right = y.transpose(0, 2, 1, 3).reshape(k, rank * l, p)
+    return left, right, safe_bound(math.sqrt(max(0.0, found.bound)), request.norm, max(s, p)), place
+
+
+def shared(found: Truncation) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of every block with the norm shared between them, by exact powers of two."""
+    size = np.sqrt(np.square(np.abs(found.y)).sum(axis=-1))
+    power = np.exp2(np.rint(0.5 * np.log2(size, out=np.zeros_like(size), where=size > 0)))
+    return found.u * power[..., None, :], found.y / power[..., None]
 
 
 def project_two_factor(target: np.ndarray, request: Request) -> Solution:
-    """The nearest Monarch or two-core Block Tensor-Train matrix.
+    """The nearest Monarch or Block Tensor-Train matrix; three and more cores go through the hierarchical sweep.
 
     A budget or tolerance without ``blocks`` compares the default numbers of blocks and 2, 4, 8, ... in both directions up
     to the square root of the smaller size; one block in each direction (low rank) is the last resort for a budget.
+    ``layout`` names the classes of rows and columns, contiguous or strided; ``"search"`` tries all four, and so does
+    ``permutation="search"``.
     """
+    if (request.cores or 2) > 2:
+        if request.blocks is not None or request.layout is not None:
+            option = "blocks" if request.blocks is not None else "layout"
+            raise ValueError(f"{option}: only for two cores, got cores={request.cores}")
+        if request.interpolative:
+            raise ValueError(f"interpolative: only for two cores, got cores={request.cores}")
+        return project_train(target, request)
     shape = (target.shape[0], target.shape[1])
-    contiguous = request.family is BlockTensorTrain
     counts = [split_counts(request.blocks, shape)]
     if request.free and request.blocks is None:
         counts += [(2**i, 2**i) for i in range(1, 32) if 4**i <= min(shape)]
-    layouts = list(dict.fromkeys(layout(shape, c, contiguous) for c in counts))
+    orders = _orders(request)
+    places = [Place(layout(shape, c, rows), cols) for c in counts for rows, cols in orders]
     if request.limit is not None and request.blocks is None:
-        layouts = [a for a in layouts if a.step <= request.limit] or [layout(shape, (1, 1), contiguous)]
-    left, right, bound = nearest_pair(target, request, layouts)
-    if contiguous:
-        return Solution(BlockTensorTrain([left, right], shape), bound, "blockwise SVD (optimal)")
-    return Solution(Monarch(left, right, shape), bound, "blockwise SVD (optimal)")
+        saved = 1 if request.interpolative else 0
+        fitting = [a for a in places if a.layout.step - saved * a.layout.l * a.layout.k <= request.limit]
+        places = fitting or [Place(layout(shape, (1, 1), contiguous), strided) for contiguous, strided in orders[:1]]
+    left, right, bound, place = nearest_pair(target, request, list(dict.fromkeys(places)))
+    l, k, s, p, contiguous = place.layout
+    family = BlockTensorTrain if request.family is BlockTensorTrain else Monarch
+    operator = family._rebuild(
+        (left[None], right[:, None]),
+        shape,
+        AxisOrder((s, l), (1, 0)) if contiguous else None,
+        AxisOrder((p, k), (1, 0)) if place.strided else None,
+    )
+    if request.interpolative:
+        return Solution(interpolate_blocks(operator), bound, f"{_method(request, place)}, interpolative form")
+    return Solution(operator, bound, _method(request, place))
+
+
+def _orders(request: Request) -> list[tuple[bool, bool]]:
+    """``(contiguous rows, strided columns)`` of every axis order to try, the family's own first."""
+    own = (request.family is BlockTensorTrain, False)
+    if "search" in (request.layout, request.permutation):
+        return [own, (own[0], True), (not own[0], False), (not own[0], True)]
+    if request.layout is None:
+        return [own]
+    rows, cols = request.layout
+    return [(rows == "contiguous", cols == "strided")]
+
+
+def _method(request: Request, place: Place) -> str:
+    own = (request.family is BlockTensorTrain, False)
+    rows, cols = ("contiguous" if flag else "strided" for flag in (place.layout.contiguous, not place.strided))
+    same = (place.layout.contiguous, place.strided) == own
+    return "blockwise SVD (optimal)" + ("" if same else f", {rows} rows, {cols} columns")

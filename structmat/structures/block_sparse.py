@@ -48,8 +48,8 @@ class BlockSparse(Operator):
     __slots__ = ("blocks", "rows", "cols", "grid", "layers")
     fields = ("blocks", "rows", "cols", "shape")
     blocks: Array
-    rows: Array
-    cols: Array
+    rows: np.ndarray  # places stay on the host: they index the arrays of every library
+    cols: np.ndarray
     grid: tuple[int, int]
     layers: tuple[np.ndarray, ...]
 
@@ -58,10 +58,16 @@ class BlockSparse(Operator):
         m, n = check_size((shape[-2], shape[-1]))
         count, p, q = blocks.shape[-3:]
         grid = (ceil_div(m, p) if p else 0, ceil_div(n, q) if q else 0)
-        rows = arrays.indices(rows, "BlockSparse rows", grid[0])
-        cols = arrays.indices(cols, "BlockSparse cols", grid[1])
+        rows = arrays.indices(arrays.on_host(rows), "BlockSparse rows", grid[0])
+        cols = arrays.indices(arrays.on_host(cols), "BlockSparse cols", grid[1])
         if rows.shape[0] != count or cols.shape[0] != count:
             raise ValueError(f"BlockSparse: {count} blocks but {rows.shape[0]} rows and {cols.shape[0]} columns")
+        self._set_blocks(blocks, rows, cols, (m, n))
+
+    def _set_blocks(self, blocks: Array, rows: np.ndarray, cols: np.ndarray, shape: tuple[int, ...]) -> None:
+        m, n = shape[-2:]
+        p, q = blocks.shape[-2:]
+        grid = (ceil_div(m, p) if p else 0, ceil_div(n, q) if q else 0)
         self._init(
             (*tuple(blocks.shape[:-3]), m, n),
             blocks.dtype,
@@ -71,8 +77,17 @@ class BlockSparse(Operator):
             rows=rows,
             cols=cols,
             grid=grid,
-            layers=_layers(arrays.convert(rows, "numpy")),
+            layers=_layers(rows),
         )
+
+    @classmethod
+    def _rebuild(cls, *values: Any) -> BlockSparse:
+        operator = object.__new__(cls)
+        operator._set_blocks(*values)
+        return operator
+
+    def _moved(self, library: str, device: Any) -> Operator:
+        return self._rebuild(arrays.convert(self.blocks, library, device), self.rows, self.cols, self.shape)
 
     def _matmat(self, x: Array) -> Array:
         xp = arrays.namespace(x)
@@ -94,7 +109,7 @@ class BlockSparse(Operator):
 
     def _transpose(self) -> Operator:
         shape = (self.shape[-1], self.shape[-2])
-        return BlockSparse(self.blocks.swapaxes(-1, -2), self.cols, self.rows, shape)
+        return self._rebuild(self.blocks.swapaxes(-1, -2), self.cols, self.rows, shape)
 
     @classmethod
     def random(
@@ -160,7 +175,7 @@ def flat_block_butterfly(grid: tuple[int, int], levels: int | None = None) -> tu
     >>> list(zip(rows.tolist(), cols.tolist()))
     [(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (2, 3), (3, 2), (3, 3)]
     """
-    block_rows, block_cols = grid
+    block_rows = grid[0]
     if min(grid) < 1:
         return np.zeros(0, np.intp), np.zeros(0, np.intp)
     size = 2 ** math.ceil(math.log2(min(grid)))
@@ -168,14 +183,14 @@ def flat_block_butterfly(grid: tuple[int, int], levels: int | None = None) -> tu
     levels = full if levels is None else levels
     if not 0 <= levels <= full:
         raise ValueError(f"levels: expected between 0 and {full} for grid {grid}, got {levels}")
-    mask = np.zeros((size, size), bool)
-    index = np.arange(size)
-    mask[index, index] = True
-    for t in range(levels):
-        mask[index, index ^ (1 << t)] = True
-    stretched = mask[np.arange(block_rows) * size // block_rows][:, np.arange(block_cols) * size // block_cols]
-    rows, cols = np.nonzero(stretched)
-    return rows, cols
+    near_rows, near_cols = (np.arange(count) * size // count for count in grid)  # the square grid's row of each row
+    starts = np.searchsorted(near_cols, np.arange(size + 1))  # its columns are runs of the stretched columns
+    steps = np.array([0, *(1 << t for t in range(levels))])
+    partners = np.sort(near_rows[:, None] ^ steps, axis=1).ravel()
+    lengths = np.diff(starts)[partners]
+    rows = np.repeat(np.repeat(np.arange(block_rows), len(steps)), lengths)
+    offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return rows, np.repeat(starts[partners], lengths) + offsets
 
 
 def _layers(rows: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -76,7 +76,7 @@ class BlockTensorTrain(Chain):
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each link between neighbouring cores."""
-        flipped = self.out_order is None and self.in_order is not None  # a transposed train
+        flipped = self.patterns[0].a != 1 or self.patterns[-1].d != 1  # a transposed train
         patterns = [p.T for p in reversed(self.patterns)] if flipped else list(self.patterns)
         ranks = [p.chain_rank(q) or 0 for p, q in itertools.pairwise(patterns)]
         return tuple(reversed(ranks)) if flipped else tuple(ranks)
@@ -136,7 +136,7 @@ def chain_patterns(q: Sequence[int], p: Sequence[int], r: Sequence[int]) -> list
 def output_radices(patterns: Sequence[Pattern], name: str) -> tuple[int, ...]:
     """Output radices ``q`` of a chain in normal form; ``ValueError`` if the patterns are not one."""
     for p, q in itertools.pairwise(patterns):
-        if p.chain_rank(q) is None:
+        if p.chain_rank(q) is None and 0 not in (*p, *q):  # nothing to chain in an empty factor
             raise ValueError(f"{name}: neighbouring patterns {tuple(p)} and {tuple(q)} are not chainable")
     if patterns[0].a != 1 or patterns[-1].d != 1:
         raise ValueError(
@@ -144,7 +144,7 @@ def output_radices(patterns: Sequence[Pattern], name: str) -> tuple[int, ...]:
             f"got {tuple(patterns[0])} and {tuple(patterns[-1])}"
         )
     tails = [patterns[0].rows, *(p.d for p in patterns)]
-    return tuple(big // small for big, small in itertools.pairwise(tails))
+    return tuple(big // small if small else 0 for big, small in itertools.pairwise(tails))
 
 
 def digit_reversal(radices: Sequence[int]) -> AxisOrder:

@@ -113,19 +113,24 @@ def butterfly_patterns(shape: tuple[int, int], radix: int | None = None) -> list
 
 def size_radices(size: int, radix: int | None = None) -> list[int]:
     """Radices, ascending, whose product is ``size`` or the cheapest size above it."""
-    best: list[int] | None = None
-    for padded in range(size, 2 ** math.ceil(math.log2(max(size, 2))) + 1):
-        radices = prime_factors(padded)
-        if radix is not None and radices and radices[-1] > radix:
-            continue
-        if best is None or padded * sum(radices) < math.prod(best) * sum(best):
-            best = radices
-        if radix is not None:
-            break
-    grouped = best or [1]
+    limit = 2 ** math.ceil(math.log2(max(size, 2)))
     if radix is not None:
-        grouped = group(grouped, radix)
-    return sorted(grouped)
+        padded = next(n for n in smooth_sizes(size, limit, radix) if n >= size)
+        return sorted(group(prime_factors(padded), radix)) or [1]
+    candidates = [size, *smooth_sizes(size, limit, 13)]
+    return min((prime_factors(n) for n in candidates), key=lambda radices: math.prod(radices) * sum(radices)) or [1]
+
+
+def smooth_sizes(low: int, high: int, largest: int) -> list[int]:
+    """Sizes from ``low`` to ``high`` without prime factors above ``largest``, ascending."""
+    primes = [p for p in range(2, min(largest, high) + 1) if len(prime_factors(p)) == 1]
+    sizes = {1}
+    for p in primes:
+        grown = set(sizes)
+        while grown:
+            grown = {n * p for n in grown if n * p <= high}
+            sizes |= grown
+    return sorted(n for n in sizes if n >= low)
 
 
 def group(factors: Sequence[int], radix: int) -> list[int]:

@@ -142,7 +142,14 @@ class Chain(Operator):
         return 2 * sum(p.nparams for p in self.patterns)
 
     def _details(self) -> str:
-        return "patterns " + " ".join(f"({p.a},{p.b},{p.c},{p.d})" for p in self.patterns)
+        orders = [
+            f"{name} {order.radices}->{tuple(order.radices[i] for i in order.axes)}"
+            for name, order in (("out", self.out_order), ("in", self.in_order))
+            if order is not None
+        ]
+        inside = [f"inside {self.patterns[0].rows}x{self.patterns[-1].cols}"] if self.padded else []
+        patterns = "patterns " + " ".join(f"({p.a},{p.b},{p.c},{p.d})" for p in self.patterns)
+        return ", ".join([patterns, *inside, *orders])
 
     def with_factors(self, factors: tuple[Array, ...]) -> Self:
         """The same chain with other values, of the same patterns."""
@@ -152,11 +159,11 @@ class Chain(Operator):
 
     def _plan(self) -> Plan:
         backend = backend_for(self.kind)
-        plan = self._plans.get(backend.name)
+        plan = self._plans.get(backend)
         if plan is None:
             m, n = self.shape[-2:]
             layout = ChainLayout(self.patterns, m, n, self.out_order, self.in_order)
-            plan = self._plans[backend.name] = backend.chain(layout, self.factors)
+            plan = self._plans[backend] = backend.chain(layout, self.factors)
         return plan
 
     def _matmat(self, x: Array) -> Array:

@@ -15,6 +15,7 @@ from structmat.operator import Operator, check_pair
 from structmat.patterns import near_square
 from structmat.structures.chain import check_size
 from structmat.structures.dense import Dense
+from structmat.structures.external import as_operator
 
 
 class Kronecker(Operator):
@@ -57,7 +58,7 @@ class Kronecker(Operator):
             raise ValueError("Kronecker: expected at least one factor, got none")
         flat: list[Operator] = []
         for f in factors:
-            f = f if isinstance(f, Operator) else Dense(f)
+            f = as_operator(f)
             flat += f.factors if isinstance(f, Kronecker) else (f,)
         anchor = next((f for f in flat if f.kind), flat[0])
         for f in flat:
@@ -72,13 +73,13 @@ class Kronecker(Operator):
 
     def _plan(self) -> Plan:
         backend = backend_for(self.kind)
-        plan = self._plans.get(backend.name)
+        plan = self._plans.get(backend)
         if plan is None:
             if all(type(f) is Dense for f in self.factors):
                 plan = backend.kron(tuple(f.array for f in self.factors))  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 plan = OperatorKronPlan(self.factors)
-            self._plans[backend.name] = plan
+            self._plans[backend] = plan
         return plan
 
     def _matmat(self, x: Array) -> Array:

@@ -44,7 +44,7 @@ class Permutation(Operator):
         index = arrays.indices(index, "Permutation")
         n = index.shape[0]
         host = arrays.convert(index, "numpy")
-        if n and not np.array_equal(np.sort(host), np.arange(n)):
+        if n and (host.min() < 0 or host.max() >= n or (np.bincount(host, minlength=n) != 1).any()):
             raise ValueError(f"Permutation: expected each of 0..{n - 1} once")
         self._set_index(index, _inexact(dtype, "Permutation"))
 
@@ -67,7 +67,10 @@ class Permutation(Operator):
         return arrays.cast(x[..., self.index], result_dtype(self, x))
 
     def _transpose(self) -> Operator:
-        inverse = arrays.namespace(self.index).argsort(self.index)
+        if not isinstance(self.index, np.ndarray):
+            return self._rebuild(self.index.argsort(), self.dtype)
+        inverse = np.empty_like(self.index)
+        inverse[self.index] = np.arange(self.index.shape[0], dtype=self.index.dtype)
         return self._rebuild(inverse, self.dtype)
 
     def _conj(self) -> Operator:

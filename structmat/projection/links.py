@@ -1,0 +1,121 @@
+"""Links of a chain: a pair of neighbours seen as a stack of low-rank blocks, cut, multiplied out and contracted.
+
+A chainable pair ``left (a1, b1, c1, d1)``, ``right (a2, b2, c2, d2)`` of rank ``r`` holds, for every ``(a1, p, q, d2)`` with
+``p = a2/a1`` and ``q = d1/d2``, one free ``b1 x c2`` block of rank ``r``, and these blocks partition the entries of the
+product pattern (Le, Zheng, Riccietti, Gribonval 2025, section 4). Factors are arrays ``(a, d, b, c)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from structmat.patterns import Pattern
+
+
+def split_view(active: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """The blocks ``(a1, p, q, d2, b1, c2)`` of a factor ``(a1, d2, b1 q, p c2)`` with the pattern of the product; a view."""
+    p, q = right.a // left.a, left.d // right.d
+    return active.reshape(left.a, right.d, left.b, q, p, right.c).transpose(0, 4, 3, 1, 2, 5)
+
+
+def left_blocks(x: np.ndarray, left: Pattern) -> np.ndarray:
+    """The left factor ``(a, d, b, c)`` from ``(a1, p, q, d2, b1, r)``."""
+    return x.transpose(0, 2, 3, 4, 1, 5).reshape(left.a, left.d, left.b, left.c)
+
+
+def right_blocks(y: np.ndarray, right: Pattern) -> np.ndarray:
+    """The right factor ``(a, d, b, c)`` from ``(a1, p, q, d2, r, c2)``."""
+    return y.transpose(0, 1, 3, 4, 2, 5).reshape(right.a, right.d, right.b, right.c)
+
+
+def left_view(factor: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """The left factor as ``(a1, p, q, d2, b1, r)``: the inverse of :func:`left_blocks`."""
+    p, q = right.a // left.a, left.d // right.d
+    return factor.reshape(left.a, q, right.d, left.b, p, left.c // p).transpose(0, 4, 1, 2, 3, 5)
+
+
+def right_view(factor: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """The right factor as ``(a1, p, q, d2, r, c2)``: the inverse of :func:`right_blocks`."""
+    p, q = right.a // left.a, left.d // right.d
+    return factor.reshape(left.a, p, right.d, right.b // q, q, right.c).transpose(0, 1, 4, 2, 3, 5)
+
+
+def adjoint(x: np.ndarray) -> np.ndarray:
+    """The conjugate transpose of every matrix of a stack."""
+    return x.conj().swapaxes(-1, -2)
+
+
+def multiply(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """``x @ y`` for stacks ``(..., b, r)`` and ``(..., r, c)``; short inner sides by scaled slices, which is faster."""
+    inner = x.shape[-1]
+    if inner > 2:
+        return x @ y
+    out = x[..., :, :1] * y[..., :1, :]
+    for i in range(1, inner):
+        out += x[..., :, i : i + 1] * y[..., i : i + 1, :]
+    return out
+
+
+def merge(x: np.ndarray, y: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """The product ``(a1, d2, b1 q, p c2)`` of two neighbouring factors."""
+    product = left.product(right)
+    blocks = multiply(left_view(x, left, right), right_view(y, left, right))
+    return blocks.transpose(0, 3, 4, 2, 1, 5).reshape(product.a, product.d, product.b, product.c)
+
+
+def expand(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> np.ndarray:
+    """All factors of a chainable chain multiplied out from the right, ``O(n^2)`` for the square radix-2 chain."""
+    whole, rest = factors[-1], patterns[-1]
+    for x, left in zip(reversed(factors[:-1]), reversed(patterns[:-1]), strict=True):
+        whole, rest = merge(x, whole, left, rest), left.product(rest)
+    return whole
+
+
+def pair_of(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> tuple[np.ndarray, np.ndarray] | None:
+    """A chain ``(1, ...) ... (..., 1)`` as two factors, where it is chainable and they are smaller than the matrix."""
+    if (
+        len(patterns) < 2
+        or patterns[0].a != 1
+        or patterns[-1].d != 1
+        or any(not p.chain_rank(q) for p, q in pairwise(patterns))
+    ):
+        return None
+    table, last = products(patterns), len(patterns) - 1
+    sizes = [table[0, s].nparams + table[s + 1, last].nparams for s in range(last)]
+    cut = sizes.index(min(sizes))
+    if sizes[cut] >= patterns[0].rows * patterns[-1].cols:
+        return None
+    return expand(factors[: cut + 1], patterns[: cut + 1]), expand(factors[cut + 1 :], patterns[cut + 1 :])
+
+
+def column_blocks(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> Iterator[np.ndarray]:
+    """A dense pair ``(1, s, k r, l) (k, r l, p, 1)`` as ``k`` arrays ``(l, s, p)`` of ``p`` columns: ``2 r`` flops an entry."""
+    left, right = patterns
+    x, y = left_view(factors[0], left, right)[0, :, :, 0], right_view(factors[1], left, right)[0, :, :, 0]
+    for u, v in zip(x, y, strict=True):  # (l, s, r) and (l, r, p)
+        yield multiply(u, v)
+
+
+def contract_left(active: np.ndarray, x: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """``U^H T``: the blocks of a product pattern without their left factor, as a factor with the right pattern."""
+    u, blocks = left_view(x, left, right), split_view(active, left, right)
+    return right_blocks(multiply(adjoint(u), blocks) if left.b <= 2 else adjoint(u) @ blocks, right)
+
+
+def contract_right(active: np.ndarray, y: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
+    """``T V^H``: the blocks of a product pattern without their right factor, as a factor with the left pattern."""
+    v, blocks = right_view(y, left, right), split_view(active, left, right)
+    return left_blocks(multiply(blocks, adjoint(v)), left)
+
+
+def products(patterns: Sequence[Pattern]) -> dict[tuple[int, int], Pattern]:
+    """Pattern of the product of the factors ``i`` to ``j``, for every ``i <= j``."""
+    table = {}
+    for i, first in enumerate(patterns):
+        table[i, i] = first
+        for j in range(i + 1, len(patterns)):
+            table[i, j] = table[i, j - 1].product(patterns[j])
+    return table

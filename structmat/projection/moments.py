@@ -1,0 +1,349 @@
+"""Moments: what the inputs of a matrix look like, checked and factored: the weight of an activation-aware projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from structmat import arrays
+from structmat.projection.certificate import frobenius
+from structmat.projection.permutation import View
+
+RIDGE = 1e-6  # relative ridge of solvers that divide by a weight which is singular or nearly so
+CONDITION = 1e-9  # reciprocal condition (equilibrated, 1-norm) below which a weight counts as singular
+_CHUNK = 8192  # rows of activations in double precision at a time
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class Moments:
+    """Sums over samples ``x``: their number, their total and ``sum x x^H``; sums of parts of the data add up by ``+``.
+
+    The weight of :func:`structmat.project`: the mean squared output error over the samples is
+    ``tr((W - A) E[x x^H] (W - A)^H)``.
+
+    Parameters
+    ----------
+    gram
+        ``sum x x^H``, ``(n, n)``.
+    total
+        ``sum x``, ``(n,)``.
+    count
+        Number of samples, at least 1.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit each other or there are no samples.
+
+    Examples
+    --------
+    >>> import numpy as np, structmat as sm
+    >>> X = np.random.default_rng(0).standard_normal((100, 3))
+    >>> both = sm.Moments.of(X[:40]) + sm.Moments.of(X[40:])
+    >>> both.count, bool(np.allclose(both.second_moment, X.T @ X / 100)), bool(np.allclose(both.mean, X.mean(0)))
+    (100, True, True)
+    """
+
+    __slots__ = ("gram", "total", "count")
+
+    def __init__(self, gram: Any, total: Any, count: int) -> None:
+        self.gram, self.total, self.count = _host(gram, "gram"), _host(total, "total"), int(count)
+        if self.gram.ndim != 2 or self.gram.shape != (*self.total.shape, *self.total.shape):
+            raise ValueError(
+                f"Moments: expected gram (n, n) and total (n,), got {self.gram.shape} and {self.total.shape}"
+            )
+        if self.count < 1:
+            raise ValueError(f"Moments: expected at least one sample, got {self.count}")
+
+    @classmethod
+    def of(cls, activations: Any) -> Moments:
+        """The moments of samples, the rows of ``(..., n)``; NumPy, torch or CuPy, summed in double precision.
+
+        Cost ``samples * n**2``; memory ``n**2`` and a few thousand rows in double precision.
+
+        Examples
+        --------
+        >>> import structmat as sm
+        >>> sm.Moments.of([[1.0, 2.0], [3.0, 4.0]]).total.tolist()
+        [4.0, 6.0]
+        """
+        source = arrays.values(activations, "activations")
+        n = 0 if source.ndim < 2 else source.shape[-1]
+        if source.ndim < 2 or n == 0 or 0 in tuple(source.shape):
+            raise ValueError(f"activations: expected samples as rows (tokens, n), got shape {tuple(source.shape)}")
+        rows = source.reshape(-1, n)
+        gram, total = np.zeros((n, n)), np.zeros(n)
+        for start in range(0, rows.shape[0], _CHUNK):
+            x = _host(rows[start : start + _CHUNK], "activations")
+            if not np.isfinite(x).all():
+                raise ValueError("activations: expected finite numbers, got NaN or infinite ones")
+            gram, total = gram + x.T @ x.conj(), total + x.sum(axis=0)
+        return cls(gram, total, rows.shape[0])
+
+    def __add__(self, other: Moments) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if self.gram.shape != other.gram.shape:
+            raise ValueError(f"Moments: cannot add those of {len(self.total)} and {len(other.total)} inputs")
+        return Moments(self.gram + other.gram, self.total + other.total, self.count + other.count)
+
+    @property
+    def second_moment(self) -> np.ndarray:
+        """``E[x x^H]``, ``(n, n)``, not centred."""
+        return self.gram / self.count
+
+    @property
+    def mean(self) -> np.ndarray:
+        """``E[x]``, ``(n,)``."""
+        return self.total / self.count
+
+    def __repr__(self) -> str:
+        return f"<Moments of {self.count} samples of {len(self.total)} inputs>"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One side's weight: a positive semidefinite matrix, scaled to a largest diagonal entry in [1, 4)."""
+
+    matrix: np.ndarray  # (n, n), float64 or complex128
+    scale: float  # a norm in the caller's weight is this times the norm in `matrix`
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def factor(self) -> np.ndarray:
+        """``S (n, n)`` with ``S S^H = matrix``: Cholesky, the eigenvectors where the matrix is singular."""
+        try:
+            return np.linalg.cholesky(self.matrix)
+        except np.linalg.LinAlgError:
+            values, vectors = np.linalg.eigh(self.matrix)
+            return vectors * np.sqrt(np.maximum(values, 0.0))
+
+    @cached_property
+    def ridge(self) -> float:
+        """Relative ridge for solvers that divide by the weight: 0 unless it is singular or nearly so."""
+        import scipy.linalg
+
+        diagonal = np.sqrt(np.real(np.diagonal(self.matrix)))
+        if not diagonal.all():
+            return RIDGE
+        correlation = self.matrix / np.multiply.outer(diagonal, diagonal)
+        try:
+            factor = np.linalg.cholesky(correlation)
+        except np.linalg.LinAlgError:
+            return RIDGE
+        (estimate,) = scipy.linalg.get_lapack_funcs(("pocon",), (factor,))
+        reciprocal, _ = estimate(np.asfortranarray(factor), np.abs(correlation).sum(axis=0).max(), uplo="L")
+        return 0.0 if reciprocal > CONDITION else RIDGE
+
+    @cached_property
+    def solid(self) -> np.ndarray:
+        """The matrix with the ridge on its diagonal, relative to each entry of it: badly scaled inputs stay as they are."""
+        if self.ridge == 0.0:
+            return self.matrix
+        diagonal = np.real(np.diagonal(self.matrix))
+        damped = self.matrix.copy()
+        # inputs that never fire get a little of the mean, so that the factor exists
+        np.einsum("ii->i", damped)[...] += self.ridge * (diagonal + RIDGE * max(diagonal.mean(), 1e-300))
+        return damped
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The norm ``sqrt(tr(D E C E^H))`` of an error ``E (m, n)``; ``None`` stands for the identity."""
+
+    columns: Metric | None  # C (n, n): second moment of the inputs
+    rows: Metric | None = None  # D (m, m): of the outputs' importance
+
+    @property
+    def scale(self) -> float:
+        """A norm in the caller's weight is this times :meth:`norm`."""
+        return (self.columns.scale if self.columns else 1.0) * (self.rows.scale if self.rows else 1.0)
+
+    @property
+    def ridge(self) -> float:
+        """The larger relative ridge of both sides."""
+        return max((side.ridge for side in (self.columns, self.rows) if side), default=0.0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found out about the weight."""
+        return sum((side.notes for side in (self.columns, self.rows) if side), ())
+
+    def norm(self, error: np.ndarray) -> float:
+        """``sqrt(tr(D E C E^H))`` by direct summation, free of any factorisation. Cost ``m n (m + n)``."""
+        largest = float(np.max(np.abs(error), initial=0.0))
+        if largest == 0.0:
+            return 0.0
+        if self.columns is None and self.rows is None:
+            return frobenius(error)
+        unit = error / largest
+        y = unit if self.columns is None else unit @ self.columns.matrix
+        y = y if self.rows is None else self.rows.matrix @ y
+        return largest * float(np.sqrt(max(0.0, np.vdot(unit, y).real)))
+
+    def seen(self, view: View) -> Weight:
+        """The weight of the matrix that the family sees: permuted, and with the sides exchanged for a transpose."""
+        columns, rows = _reordered(self.columns, view.cols), _reordered(self.rows, view.rows)
+        if not view.transposed:
+            return Weight(columns, rows)
+        flipped = [
+            side and Metric(np.ascontiguousarray(side.matrix.T), side.scale, side.notes) for side in (rows, columns)
+        ]
+        return Weight(*flipped)
+
+    def from_right(self, x: np.ndarray) -> np.ndarray:
+        """``x S`` with ``S S^H = C``."""
+        return x if self.columns is None else x @ self.columns.factor
+
+    def from_left(self, x: np.ndarray) -> np.ndarray:
+        """``T^H x`` with ``T T^H = D``."""
+        return x if self.rows is None else self.rows.factor.conj().T @ x
+
+
+def read_weight(
+    weight: Any,
+    activations: Any,
+    mean: Any,
+    row_weight: Any,
+    damping: Any,
+    shape: tuple[int, int],
+    real: bool,
+) -> tuple[Weight, np.ndarray | None]:
+    """The weight that the caller asked for, checked, and the mean of the inputs.
+
+    Raises ``TypeError`` and ``ValueError`` that name what was found.
+    """
+    m, n = shape
+    if weight is not None and activations is not None:
+        raise ValueError("weight and activations: each gives the weight; expected one of them")
+    moments = weight if isinstance(weight, Moments) else None
+    if activations is not None:
+        moments = Moments.of(activations)
+    name = "weight" if activations is None else "activations"
+    matrix = moments.second_moment if moments is not None else weight
+    center = _mean(mean, moments, n)
+    if matrix is None and center is not None:
+        raise ValueError("mean: expected a weight or activations with it, got none")
+    if matrix is None and damping is not None:
+        raise ValueError("damping: expected a weight or activations to dampen, got none")
+    columns = None
+    if matrix is not None:
+        columns = _metric(matrix, name, n, _damping(damping), real, center, None if moments is None else moments.count)
+    rows = None if row_weight is None else _metric(row_weight, "row_weight", m, 0.0, real)
+    return Weight(columns, rows), center
+
+
+def _mean(mean: Any, moments: Moments | None, n: int) -> np.ndarray | None:
+    if mean is None or mean is False:
+        return None
+    if mean is True:
+        if moments is None:
+            raise ValueError(
+                "mean: True takes it from activations or Moments; with a matrix as weight expected the vector"
+            )
+        mean = moments.mean
+    center = _host(mean, "mean")
+    if center.shape != (n,) or not np.isfinite(center).all():
+        raise ValueError(f"mean: expected {n} finite numbers, got shape {center.shape}")
+    return center
+
+
+def _damping(damping: Any) -> float:
+    if damping is None:
+        return 0.0
+    if isinstance(damping, (bool, np.bool_)) or not isinstance(damping, (int, float, np.integer, np.floating)):
+        raise TypeError(f"damping: expected a number, got {type(damping).__name__}")
+    if not 0.0 <= damping < np.inf:
+        raise ValueError(f"damping: expected a finite number of at least 0, got {damping}")
+    return float(damping)
+
+
+def _metric(
+    value: Any,
+    name: str,
+    size: int,
+    damping: float,
+    real: bool,
+    center: np.ndarray | None = None,
+    count: int | None = None,
+) -> Metric:
+    """A second moment, checked: square, Hermitian, positive semidefinite up to rounding; centred, damped and scaled."""
+    source = arrays.values(value, name)
+    short = arrays.itemsize(source.dtype) // (2 if arrays.is_complex(source.dtype) else 1) < 8
+    slack = 1e-4 if short else 1e-6  # sums in single precision are common, even where they are stored in double
+    c = _host(source, name)
+    if c.shape != (size, size):
+        raise ValueError(f"{name}: expected a second moment ({size}, {size}), got shape {c.shape}")
+    if not np.isfinite(c).all():
+        raise ValueError(f"{name}: {np.sum(~np.isfinite(c))} of {c.size} entries are NaN or infinite")
+    largest = float(np.max(np.abs(c)))
+    if largest == 0.0:
+        raise ValueError(f"{name}: expected a second moment that is not zero: every matrix would be optimal")
+    exponent = np.floor(np.log2(largest) / 2)  # an even power of two: the norm scales by a power of two
+    c = c / 2.0**exponent / 2.0**exponent
+    skew = float(np.max(np.abs(c - c.conj().T)))
+    if skew > slack * 4.0:
+        hermitian = "Hermitian" if np.iscomplexobj(c) else "symmetric"
+        raise ValueError(f"{name}: expected a {hermitian} matrix, got one that differs from its adjoint by {skew:.3g}")
+    c = (c + c.conj().T) / 2
+    c = np.ascontiguousarray(c.real) if real else c  # the imaginary part of x x^H cancels for a real error
+    top = float(np.max(np.real(np.diagonal(c))))
+    notes: list[str] = []
+    if center is not None:
+        unit = center / 2.0**exponent
+        shift = np.multiply.outer(unit, unit.conj())
+        c = c - (shift.real if real else shift)
+    c, negative = _positive(c, name, slack, top, center is not None)
+    if negative:
+        notes.append(f"negative eigenvalues of the {name} down to {negative:.1e} of the largest set to 0")
+    if damping:
+        c = c + damping * np.trace(c).real / size * np.eye(size)
+        notes.append(f"{name} damped by {damping:g} of its mean diagonal")
+    if count is not None and count < size:
+        notes.append(f"{count} samples of {size} inputs")
+    return Metric(c, float(2.0**exponent), tuple(notes))
+
+
+def _positive(c: np.ndarray, name: str, slack: float, top: float, centred: bool) -> tuple[np.ndarray, float]:
+    """The matrix without negative eigenvalues that rounding made, and the lowest of those relative to the largest."""
+    size = len(c)
+    noise = 4.0 * _EPS * size * top
+    try:
+        np.linalg.cholesky(c + noise * np.eye(size))
+    except np.linalg.LinAlgError:
+        pass
+    else:
+        return c, 0.0
+    values, vectors = np.linalg.eigh(c)
+    largest = max(float(values[-1]), top)
+    if values[0] < -slack * largest:
+        hint = "; with mean, weight is the second moment E[x x^H] before centring" if centred else ""
+        raise ValueError(
+            f"{name}: expected a positive semidefinite matrix, got the eigenvalue {values[0] / largest:.3g} "
+            f"relative to the largest{hint}"
+        )
+    return (vectors * np.maximum(values, 0.0)) @ vectors.conj().T, float(values[0] / largest)
+
+
+def _host(x: Any, name: str) -> np.ndarray:
+    """A float64 or complex128 NumPy array, without copying one that already is."""
+    source = arrays.values(x, name)
+    source = source.detach().cpu() if arrays.kind(source) == "torch" else source
+    exact = np.complex128 if arrays.is_complex(source.dtype) else np.float64
+    return arrays.convert(arrays.cast(source, arrays.dtype_for(np.dtype(exact), arrays.kind(source))), "numpy")
+
+
+def _reordered(side: Metric | None, order: np.ndarray | None) -> Metric | None:
+    if side is None or order is None:
+        return side
+    return Metric(np.ascontiguousarray(side.matrix[np.ix_(order, order)]), side.scale, side.notes)
+
+
+def columns_of(weight: Weight) -> Metric:
+    """The weight of the inputs; ``ValueError`` where there is none."""
+    if weight.columns is None:
+        raise ValueError("weight: expected a weight of the inputs (or activations), got none")
+    return weight.columns
