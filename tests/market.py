@@ -132,7 +132,16 @@ def _block_diagonal(dtype):
 
 
 def _low_rank(dtype):
-    for (m, n), r in (((6, 6), 2), ((7, 5), 1), ((3, 11), 3), ((1, 1), 1), ((6, 6), 6), ((6, 6), 0), ((5, 7), 9), ((4, 4), 6)):
+    for (m, n), r in (
+        ((6, 6), 2),
+        ((7, 5), 1),
+        ((3, 11), 3),
+        ((1, 1), 1),
+        ((6, 6), 6),
+        ((6, 6), 0),
+        ((5, 7), 9),
+        ((4, 4), 6),
+    ):
         u, v = entries((m, r), dtype, 6), entries((r, n), dtype, 7)
         yield f"low_rank-{m}x{n}-r{r}", sm.LowRank(u, v), u @ v
 

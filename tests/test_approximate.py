@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -389,6 +390,17 @@ def test_table_and_plot():
     assert len(ax.lines) == len(found.curves) + len(found)
     assert found.plot(ax) is ax
     matplotlib.pyplot.close("all")
+
+
+def test_memory_is_a_few_times_the_matrix():
+    W = gaussian((512, 512))
+    families = [sm.LowRank, sm.Kronecker, sm.Monarch, sm.BlockTensorTrain, sm.Butterfly]
+    sm.approximate(W[:96, :96], budget=0.2)  # imports
+    tracemalloc.start()
+    sm.approximate(W, budget=0.2, families=families)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9 * W.nbytes
 
 
 BAD = [

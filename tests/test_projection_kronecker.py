@@ -84,6 +84,18 @@ def test_the_bound_survives_a_direction_that_was_missed(monkeypatch):
     assert found.lower_bound > 0.5 * best
 
 
+def test_the_bound_allows_for_what_the_check_has_not_found(monkeypatch):
+    s = np.r_[1.002, np.linspace(1.0, 0.5, 599)]
+    A = np.diag(s)
+    wrong = np.eye(600)[:, 300:301]  # the check has steps enough to come near the largest, not to reach it
+    monkeypatch.setattr(lanczos, "_right_vectors", lambda *_: wrong)
+    best = math.sqrt((s[1:] ** 2).sum())
+    for seed in range(10):
+        found = leading_triplets(A, 1, frobenius(A), np.random.default_rng(seed))
+        assert found is not None
+        assert 0.99 * best <= found.lower_bound <= best
+
+
 def test_the_bound_survives_vectors_that_have_not_converged(monkeypatch):
     A = with_spectrum(1.0 / np.arange(1, 101))
     for noise, share in ((1e-1, 0.0), (1e-2, 0.5), (1e-4, 0.9), (1e-6, 0.9999)):

@@ -67,6 +67,7 @@ class StridedChainPlan(base.ChainPlan):
             leaving = leaving if self.out_order is None or i != 0 else None
             steps.append(_step(pattern, blocks[i], entering or _plain((a, c, d)), leaving or _plain((a, b, d))))
         self.steps = tuple(steps)
+        self.shaped: tuple[int, tuple[Step, ...]] = (-1, ())
         self.padded = layout.cols != layout.patterns[-1].cols
         self.truncated = layout.rows != layout.patterns[0].rows
         self.dtype = np.result_type(*blocks)
@@ -96,27 +97,36 @@ class StridedChainPlan(base.ChainPlan):
         y = y[: self.layout.rows] if self.truncated else y
         return arrays.copy_into(y, out)
 
+    def _steps_for(self, k: int) -> tuple[Step, ...]:
+        """The steps with the number of columns in their shapes; those of the last call are kept."""
+        known, steps = self.shaped
+        if known != k:
+            steps = tuple(s._replace(in_shape=(*s.in_shape, k), out_shape=(*s.out_shape, k)) for s in self.steps)
+            self.shaped = k, steps
+        return steps
+
     def _columns(self, x: np.ndarray, dtype: Any, out: np.ndarray | None) -> np.ndarray:
         """All factors on ``x (n, k)``, in natural order at both ends."""
         k = x.shape[1]
-        for weights, in_shape, in_axes, out_shape, out_axes, rows in self.steps[:-1]:
-            x = x.reshape(*in_shape, k)
+        *steps, last = self._steps_for(k)
+        for weights, in_shape, in_axes, out_shape, out_axes, rows in steps:
+            x = x.reshape(in_shape)
             if in_axes is not None:
                 x = x.transpose(in_axes)
             if out_axes is None:
                 x = np.matmul(weights, x)
             else:
                 y = np.empty((rows, k), dtype)
-                np.matmul(weights, x, out=y.reshape(*out_shape, k).transpose(out_axes))
+                np.matmul(weights, x, out=y.reshape(out_shape).transpose(out_axes))
                 x = y
-        weights, in_shape, in_axes, out_shape, out_axes, rows = self.steps[-1]
-        x = x.reshape(*in_shape, k)
+        weights, in_shape, in_axes, out_shape, out_axes, rows = last
+        x = x.reshape(in_shape)
         if in_axes is not None:
             x = x.transpose(in_axes)
         if out_axes is None and out is None:
             return np.matmul(weights, x).reshape(rows, k)
         y = np.empty((rows, k), dtype) if out is None else out
-        view = y.reshape(*out_shape, k)
+        view = y.reshape(out_shape)
         np.matmul(weights, x, out=view if out_axes is None else view.transpose(out_axes))
         return y
 

@@ -291,7 +291,9 @@ def project(
     view = read_view(permutation, transposed, (target.shape[0], target.shape[1]))
     if weighted:
         real = not np.iscomplexobj(target)
-        norm, center = read_weight(weight, activations, mean, row_weight, damping, (target.shape[0], target.shape[1]), real)
+        norm, center = read_weight(
+            weight, activations, mean, row_weight, damping, (target.shape[0], target.shape[1]), real
+        )
         request = _request(family, view.of(target).shape, given, budget, tol)
         return project_weighted(source, target, view, request, norm, center, started)
     scale = safe_scale(target)

@@ -13,7 +13,7 @@ from structmat.projection.hierarchical import ORDERS, balance, check_chainable, 
 from structmat.projection.moments import Weight, columns_of
 from structmat.projection.selection import Request, Solution, allowed_error, infeasible, unreachable
 from structmat.projection.two_factor import Layout, Place
-from structmat.projection.weighted_bounds import least_eigenvalue, two_factor_bound
+from structmat.projection.weighted_bounds import AFFORDABLE, least_eigenvalue, two_factor_bound
 from structmat.projection.weighted_classes import Classes, Side, safe
 from structmat.projection.weighted_support import fit_support
 from structmat.structures.block_tensor_train import (
@@ -72,7 +72,7 @@ def fit(target: np.ndarray, patterns: Sequence[Pattern], weight: Weight, request
     bound = 0.0
     if not side.ridge:
         bound = math.sqrt(least_eigenvalue(side)) * local.lower_bound
-    if improve:
+    if improve and last.cols <= AFFORDABLE:
         bound = max([bound, *split_bounds(target, patterns, weight)])
     name = "weighted hierarchical SVD"
     if side.decoupled and len(patterns) == 2:
@@ -155,7 +155,6 @@ def descend(target: np.ndarray, start: Sequence[np.ndarray], gram: np.ndarray) -
     from scipy.optimize import minimize
 
     start = balance(start)
-    scale = float(np.vdot(target, target @ gram).real) or 1.0
     dtype = np.result_type(target.dtype, gram.dtype, *(f.dtype for f in start))
     shapes = [f.shape for f in start]
 
@@ -171,20 +170,27 @@ def descend(target: np.ndarray, start: Sequence[np.ndarray], gram: np.ndarray) -
             rights.append(apply(factor, rights[-1]))
         error = rights.pop() - target
         back = error @ gram
-        value = float(np.vdot(error, back).real) / scale
+        value = float(np.vdot(error, back).real)
         gradients = []
         for factor, right in zip(factors, reversed(rights), strict=True):
             a, d, b, c = factor.shape
             columns = right.reshape(a, c, d, -1).transpose(0, 2, 3, 1).conj()
             gradients.append((back.reshape(a, b, d, -1).swapaxes(1, 2) @ columns).ravel())
             back = apply(factor.conj().swapaxes(-1, -2), back)
-        gradient = np.concatenate(gradients).astype(dtype) * (2.0 / scale)
-        return value, np.ascontiguousarray(gradient).view(np.float64)
+        gradient = np.concatenate(gradients).astype(dtype)
+        return value / scale, np.ascontiguousarray(gradient).view(np.float64) * (2.0 / scale)
 
     first = np.concatenate([f.ravel() for f in start]).astype(dtype).view(np.float64)
-    options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 1e-7, "gtol": 1e-12, "maxcor": 20}
-    result = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
-    return tuple(np.array(f) for f in unpack(np.ascontiguousarray(result.x))), int(result.nit)
+    scale, steps, x = 1.0, 0, first
+    scale = objective(x)[0] or 1.0
+    while steps < ITERATIONS:  # anew where the error has shrunk so far that its decrease counts for nothing
+        options = {"maxiter": ITERATIONS - steps, "maxfun": 2 * ITERATIONS, "ftol": 1e-6, "gtol": 0.0, "maxcor": 20}
+        result = minimize(objective, x, jac=True, method="L-BFGS-B", options=options)
+        x, steps = np.ascontiguousarray(result.x), steps + max(1, int(result.nit))
+        if not 0.0 < result.fun < 0.5:
+            break
+        scale *= float(result.fun)
+    return tuple(np.array(f) for f in unpack(x)), steps
 
 
 # ---- families ------------------------------------------------------------------------------------------------------------

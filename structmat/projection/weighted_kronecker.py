@@ -102,11 +102,11 @@ def whitened(target: np.ndarray, shapes: Shapes, metric: Metric) -> tuple[np.nda
         factors.append(np.linalg.cholesky(partial / total ** (1.0 - 1.0 / len(sizes))))
     inverses = [np.linalg.inv(s) for s in factors]
     white = apply_right(target, factors)
-    coupling = apply_right(apply_right(metric.solid.conj().T, [x.conj().T for x in inverses]).conj().T,
-                           [x.conj().T for x in inverses])  # fmt: skip
-    off = float(np.abs(coupling - np.eye(len(coupling))).max())
-    if off <= 64 * _EPS * len(coupling):
+    product = reduce(np.kron, [s @ s.conj().T for s in factors])
+    if np.abs(product - metric.solid).max() <= 16 * _EPS * np.abs(metric.solid).max():
         return white, inverses, 1.0
+    adjoints = [x.conj().T for x in inverses]
+    coupling = apply_right(apply_right(metric.solid, adjoints).conj().T, adjoints)
     lowest = 0.0 if metric.ridge else float(np.linalg.eigvalsh((coupling + coupling.conj().T) / 2)[0])
     return white, inverses, max(0.0, min(1.0, lowest) - 8.0 * _EPS * len(coupling))
 
