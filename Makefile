@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench bench-projection docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,16 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python bench/operators.py
+
+bench-projection: $(VENV)/.bench
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_chains.py
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_kronecker.py
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_selection.py
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_weights.py --quick
+
+$(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -266,6 +266,17 @@ def test_leading_energies(shape, most):
     assert np.allclose(found[:, :3], s[:, :3], rtol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_small_ranks_are_decomposed_in_a_random_basis(dtype):
+    x = gaussian((1, 2, 200, 9), dtype) @ (gaussian((1, 2, 9, 160), dtype, 1) * np.logspace(0, -8, 160))
+    u, s, vh = decompose(x, False)
+    assert s.shape[-1] < 160
+    assert np.allclose(s, np.linalg.svd(x, compute_uv=False)[..., : s.shape[-1]], atol=1e-13 * np.linalg.norm(x))
+    assert np.allclose((u * s[..., None, :]) @ vh, x, rtol=0, atol=1e-12)
+    noisy = x + 1e-10 * gaussian(x.shape, dtype, 2)
+    assert decompose(noisy, False).s.shape[-1] == 160
+
+
 def test_cost_counts_what_operators_count():
     low, kron, monarch = sm.LowRank.random((30, 20), rank=4), sm.Kronecker.random((24, 20)), sm.Monarch.random((30, 20))
     for operator, stages in (

@@ -445,7 +445,7 @@ class _Search:
         most = min(most, len(errors) - 1)
         if most < 1:
             return None
-        floor = max(_EPS * len(errors), self.request.rounding / 4) * self.request.norm
+        floor = max(_EPS * max(self.shape), self.request.rounding / 4) * self.request.norm
         if self.request.tol is not None:
             goal = max(allowed_error(self.request), floor)
         else:
@@ -486,9 +486,9 @@ class _Search:
         most = self.top(member)
         fine = isinstance(member, LowRankMember) or not self.unresolved(screened)
         gram = fine and min(blocks.shape[-2:]) > 8 and (self.request.tol or 1.0) > 10 * GRAM_FLOOR
-        factors = decompose(blocks, gram)
+        factors = decompose(blocks, gram, self.rng)
         if gram and self.indistinct(tails(factors.s), most):
-            factors = decompose(blocks, False)
+            factors = decompose(blocks, False, self.rng)
         if isinstance(member, LowRankMember):
             self.record("LowRank", Ladder(member, member.step, tails(factors.s)))
         for m in members:

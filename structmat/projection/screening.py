@@ -12,6 +12,8 @@ from structmat.projection.selection import Ladder
 from structmat.projection.svd import safe_bound, singular_values, svd, tails
 
 OVERSAMPLING = 8
+SHARE = 8  # a rank below the size by this factor is small
+ROUNDING = 4e-15  # relative norm of what is left out where nothing but rounding is
 GRAM_FLOOR = 1e-6  # relative errors below this are not told apart by Gram matrices
 
 
@@ -82,15 +84,36 @@ class Factors(NamedTuple):
     vh: np.ndarray | None  # (k, l, t, p)
 
 
-def decompose(blocks: np.ndarray, gram: bool) -> Factors:
-    """Singular vectors: both sides by an SVD, or the shorter by Gram matrices, in half the time and to half the digits."""
+def decompose(blocks: np.ndarray, gram: bool, rng: Any = 0) -> Factors:
+    """Singular vectors: both sides by an SVD, or the shorter by Gram matrices, in half the time and to half the digits.
+
+    Of large blocks that have a small rank up to rounding the SVD is taken in a random basis.
+    """
     s, p = blocks.shape[-2:]
     if not gram:
-        return Factors(*svd(blocks))
+        return _of_small_rank(blocks, np.random.default_rng(rng)) or Factors(*svd(blocks))
     adjoint = blocks.conj().swapaxes(-1, -2)
     values, vectors = np.linalg.eigh(blocks @ adjoint if s <= p else adjoint @ blocks)
     vectors, sigma = vectors[..., ::-1], np.sqrt(np.maximum(values[..., ::-1], 0.0))
     return Factors(vectors, sigma, None) if s <= p else Factors(None, sigma, vectors.conj().swapaxes(-1, -2))
+
+
+def _of_small_rank(blocks: np.ndarray, rng: np.random.Generator) -> Factors | None:
+    """The SVD of ``Q Q^H B`` for a random range ``Q`` that leaves nothing of the blocks but rounding; ``None`` if none does.
+
+    The singular values are at most those of the blocks, so that their tails bound errors from below.
+    """
+    s, p = blocks.shape[-2:]
+    columns = min(s, p) // SHARE
+    if columns < OVERSAMPLING:
+        return None
+    q = np.linalg.qr(blocks @ rng.standard_normal((p, columns)))[0]
+    inside = q.conj().swapaxes(-1, -2) @ blocks
+    rest = blocks - q @ inside
+    if np.linalg.norm(rest) > ROUNDING * np.linalg.norm(blocks):
+        return None
+    u, sigma, vh = svd(inside)
+    return Factors(q @ u, sigma, vh)
 
 
 def split(blocks: np.ndarray, factors: Factors, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -94,6 +94,17 @@ class Kronecker(Operator):
     def _transpose(self) -> Operator:
         return Kronecker(*(f.T for f in self.factors))
 
+    def to_dense(self) -> Array:
+        """The dense matrix, an array ``(*batch, m, n)``, by outer products."""
+        if any(f.kind != self.kind for f in self.factors):  # factors without arrays do not know the device
+            return super().to_dense()
+        result, *others = (f.astype(self.dtype).to_dense() for f in self.factors)
+        for other in others:
+            (m1, n1), (m2, n2) = result.shape[-2:], other.shape[-2:]
+            result = result[..., :, None, :, None] * other[..., None, :, None, :]
+            result = result.reshape(*result.shape[:-4], m1 * m2, n1 * n2)
+        return result
+
     def _flops(self) -> int:
         sizes = [f.shape[-1] for f in self.factors]
         total = 0
