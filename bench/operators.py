@@ -49,6 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, one thread")
     parser.add_argument("--save", action="store_true", help="write bench/results/<date>-operators.json")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="numbers of BLAS threads")
     options = parser.parse_args()
     rows = []
     dtype = np.float32
@@ -57,7 +58,7 @@ def main() -> None:
         f"NumPy {np.__version__}, {platform.machine()}, {np.dtype(dtype).name}; times faster than dense NumPy in the same run"
     )
     print(f"{'operator':26} {'threads':>7} {'batch':>6} {'columns A@X':>12} {'rows X@A.T':>11} {'bare/ours':>10}")
-    for threads in (1,) if options.quick else (1, 2):
+    for threads in (1,) if options.quick else options.threads:
         with threadpool_limits(threads):
             for name, a in cases(dtype, options.quick):
                 dense = np.ascontiguousarray(a.to_dense())
