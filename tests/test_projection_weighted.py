@@ -12,8 +12,9 @@ import scipy.optimize
 
 import structmat as sm
 from structmat.patterns import Pattern
-from structmat.projection.moments import RIDGE, Metric, Moments, Weight
+from structmat.projection.moments import Moments
 from structmat.projection.two_factor import Layout, Place
+from structmat.projection.weight import RIDGE, Metric, Weight
 from structmat.projection.weighted_chain import descend as descend_chain
 from structmat.projection.weighted_chain import expand
 from structmat.projection.weighted_classes import Classes
@@ -39,6 +40,10 @@ CASES = [
     ("kronecker", sm.Kronecker, {"shapes": [(4, 6), (6, 4)]}),
     ("kronecker sum", sm.Kronecker, {"shapes": [(4, 6), (6, 4)], "terms": 3}),
     ("kronecker of three", sm.Kronecker, {"shapes": [(2, 3), (3, 2), (4, 4)]}),
+    ("diagonal", sm.Diagonal, {}),
+    ("block-sparse", sm.BlockSparse, {"block": (3, 4)}),
+    ("block-sparse padded", sm.BlockSparse, {"block": (5, 7), "places": ([0, 0, 2, 4], [1, 3, 0, 1])}),
+    ("blast", sm.Chain, {"patterns": [(3, 8, 4, 1), (1, 3, 3, 4), (3, 4, 8, 1)]}),
     ("dense", sm.Dense, {}),
 ]
 NAMES = [case[0] for case in CASES]
@@ -223,6 +228,16 @@ def test_block_diagonal_solves_the_normal_equations():
     assert p.lower_bound == pytest.approx(p.error, rel=1e-6)
 
 
+def test_diagonal_and_block_sparse_solve_the_normal_equations():
+    W, C = gaussian((12, 12)), moment(samples(60, 12))
+    for family, options in ((sm.Diagonal, {}), (sm.BlockSparse, {"block": 3, "places": ([0, 0, 3], [1, 2, 0])})):
+        p = sm.project(W, family, weight=C, **options)
+        A = np.asarray(p.operator)
+        gradient = (W - A) @ C
+        assert np.abs(gradient[A != 0]).max() <= 1e-9 * np.abs(W @ C).max()
+        assert p.lower_bound == pytest.approx(p.error, rel=1e-6)
+
+
 def test_a_chain_of_one_factor_solves_the_normal_equations():
     W, C, (a, b, c, d) = gaussian((12, 16)), moment(samples(60, 16)), (2, 3, 4, 2)
     p = sm.project(W, sm.Chain, patterns=[(a, b, c, d)], weight=C)
@@ -371,7 +386,15 @@ def test_a_row_weight_bounds_like_the_columns_of_the_transpose():
 # ---- budget and tolerance --------------------------------------------------------------------------------------------
 
 
-FREE = [sm.LowRank, sm.Monarch, sm.BlockTensorTrain, sm.Kronecker, sm.BlockDiagonal, sm.Butterfly]
+FREE = [
+    sm.LowRank,
+    sm.Monarch,
+    sm.BlockTensorTrain,
+    sm.Kronecker,
+    sm.BlockDiagonal,
+    sm.BlockSparse,
+    sm.Butterfly,
+]
 
 
 @pytest.mark.parametrize("family", FREE, ids=lambda f: f.__name__)
@@ -547,7 +570,7 @@ def test_nothing_is_changed_and_results_repeat():
     W.setflags(write=False)
     C.setflags(write=False)
     for _, family, options in CASES:
-        if "chain" in str(options) or "patterns" in options or "shapes" in options or "cores" in options:
+        if {"patterns", "shapes", "cores", "places"} & options.keys():  # for another size
             continue
         p, q = (sm.project(W, family, weight=C, **options) for _ in range(2))
         assert np.array_equal(np.asarray(p.operator), np.asarray(q.operator))

@@ -1,19 +1,14 @@
-"""Moments: what the inputs of a matrix look like, checked and factored: the weight of an activation-aware projection."""
+"""Moments: what the inputs of a matrix look like, checked: the weight that a caller asks for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from structmat import arrays
-from structmat.projection.certificate import frobenius
-from structmat.projection.permutation import View
+from structmat.projection.weight import Metric, Weight
 
-RIDGE = 1e-6  # relative ridge of solvers that divide by a weight which is singular or nearly so
-CONDITION = 1e-9  # reciprocal condition (equilibrated, 1-norm) below which a weight counts as singular
 _CHUNK = 8192  # rows of activations in double precision at a time
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -102,105 +97,6 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"<Moments of {self.count} samples of {len(self.total)} inputs>"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One side's weight: a positive semidefinite matrix, scaled to a largest diagonal entry in [1, 4)."""
-
-    matrix: np.ndarray  # (n, n), float64 or complex128
-    scale: float  # a norm in the caller's weight is this times the norm in `matrix`
-    notes: tuple[str, ...] = ()
-
-    @cached_property
-    def factor(self) -> np.ndarray:
-        """``S (n, n)`` with ``S S^H = matrix``: Cholesky, the eigenvectors where the matrix is singular."""
-        try:
-            return np.linalg.cholesky(self.matrix)
-        except np.linalg.LinAlgError:
-            values, vectors = np.linalg.eigh(self.matrix)
-            return vectors * np.sqrt(np.maximum(values, 0.0))
-
-    @cached_property
-    def ridge(self) -> float:
-        """Relative ridge for solvers that divide by the weight: 0 unless it is singular or nearly so."""
-        import scipy.linalg
-
-        diagonal = np.sqrt(np.real(np.diagonal(self.matrix)))
-        if not diagonal.all():
-            return RIDGE
-        correlation = self.matrix / np.multiply.outer(diagonal, diagonal)
-        try:
-            factor = np.linalg.cholesky(correlation)
-        except np.linalg.LinAlgError:
-            return RIDGE
-        (estimate,) = scipy.linalg.get_lapack_funcs(("pocon",), (factor,))
-        reciprocal, _ = estimate(np.asfortranarray(factor), np.abs(correlation).sum(axis=0).max(), uplo="L")
-        return 0.0 if reciprocal > CONDITION else RIDGE
-
-    @cached_property
-    def solid(self) -> np.ndarray:
-        """The matrix with the ridge on its diagonal, relative to each entry of it: badly scaled inputs stay as they are."""
-        if self.ridge == 0.0:
-            return self.matrix
-        diagonal = np.real(np.diagonal(self.matrix))
-        damped = self.matrix.copy()
-        # inputs that never fire get a little of the mean, so that the factor exists
-        np.einsum("ii->i", damped)[...] += self.ridge * (diagonal + RIDGE * max(diagonal.mean(), 1e-300))
-        return damped
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The norm ``sqrt(tr(D E C E^H))`` of an error ``E (m, n)``; ``None`` stands for the identity."""
-
-    columns: Metric | None  # C (n, n): second moment of the inputs
-    rows: Metric | None = None  # D (m, m): of the outputs' importance
-
-    @property
-    def scale(self) -> float:
-        """A norm in the caller's weight is this times :meth:`norm`."""
-        return (self.columns.scale if self.columns else 1.0) * (self.rows.scale if self.rows else 1.0)
-
-    @property
-    def ridge(self) -> float:
-        """The larger relative ridge of both sides."""
-        return max((side.ridge for side in (self.columns, self.rows) if side), default=0.0)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was found out about the weight."""
-        return sum((side.notes for side in (self.columns, self.rows) if side), ())
-
-    def norm(self, error: np.ndarray) -> float:
-        """``sqrt(tr(D E C E^H))`` by direct summation, free of any factorisation. Cost ``m n (m + n)``."""
-        largest = float(np.max(np.abs(error), initial=0.0))
-        if largest == 0.0:
-            return 0.0
-        if self.columns is None and self.rows is None:
-            return frobenius(error)
-        unit = error / largest
-        y = unit if self.columns is None else unit @ self.columns.matrix
-        y = y if self.rows is None else self.rows.matrix @ y
-        return largest * float(np.sqrt(max(0.0, np.vdot(unit, y).real)))
-
-    def seen(self, view: View) -> Weight:
-        """The weight of the matrix that the family sees: permuted, and with the sides exchanged for a transpose."""
-        columns, rows = _reordered(self.columns, view.cols), _reordered(self.rows, view.rows)
-        if not view.transposed:
-            return Weight(columns, rows)
-        flipped = [
-            side and Metric(np.ascontiguousarray(side.matrix.T), side.scale, side.notes) for side in (rows, columns)
-        ]
-        return Weight(*flipped)
-
-    def from_right(self, x: np.ndarray) -> np.ndarray:
-        """``x S`` with ``S S^H = C``."""
-        return x if self.columns is None else x @ self.columns.factor
-
-    def from_left(self, x: np.ndarray) -> np.ndarray:
-        """``T^H x`` with ``T T^H = D``."""
-        return x if self.rows is None else self.rows.factor.conj().T @ x
 
 
 def read_weight(
@@ -296,27 +192,31 @@ def _metric(
         unit = center / 2.0**exponent
         shift = np.multiply.outer(unit, unit.conj())
         c = c - (shift.real if real else shift)
-    c, negative = _positive(c, name, slack, top, center is not None)
+    c, negative, triangle = _positive(c, name, slack, top, center is not None)
     if negative:
         notes.append(f"negative eigenvalues of the {name} down to {negative:.1e} of the largest set to 0")
     if damping:
-        c = c + damping * np.trace(c).real / size * np.eye(size)
+        c, triangle = c + damping * np.trace(c).real / size * np.eye(size), None
         notes.append(f"{name} damped by {damping:g} of its mean diagonal")
     if count is not None and count < size:
         notes.append(f"{count} samples of {size} inputs")
-    return Metric(c, float(2.0**exponent), tuple(notes))
+    metric = Metric(c, float(2.0**exponent), tuple(notes))
+    if triangle is not None:
+        metric.__dict__["triangle"] = triangle  # the check has paid for it
+    return metric
 
 
-def _positive(c: np.ndarray, name: str, slack: float, top: float, centred: bool) -> tuple[np.ndarray, float]:
-    """The matrix without negative eigenvalues that rounding made, and the lowest of those relative to the largest."""
+def _positive(
+    c: np.ndarray, name: str, slack: float, top: float, centred: bool
+) -> tuple[np.ndarray, float, np.ndarray | None]:
+    """The matrix without negative eigenvalues that rounding made, the lowest of those relative to the largest, its factor."""
     size = len(c)
-    noise = 4.0 * _EPS * size * top
-    try:
-        np.linalg.cholesky(c + noise * np.eye(size))
-    except np.linalg.LinAlgError:
-        pass
-    else:
-        return c, 0.0
+    for noise in (0.0, 4.0 * _EPS * size * top):
+        try:
+            triangle = np.linalg.cholesky(c + noise * np.eye(size) if noise else c)
+        except np.linalg.LinAlgError:
+            continue
+        return c, 0.0, None if noise else triangle
     values, vectors = np.linalg.eigh(c)
     largest = max(float(values[-1]), top)
     if values[0] < -slack * largest:
@@ -325,7 +225,7 @@ def _positive(c: np.ndarray, name: str, slack: float, top: float, centred: bool)
             f"{name}: expected a positive semidefinite matrix, got the eigenvalue {values[0] / largest:.3g} "
             f"relative to the largest{hint}"
         )
-    return (vectors * np.maximum(values, 0.0)) @ vectors.conj().T, float(values[0] / largest)
+    return (vectors * np.maximum(values, 0.0)) @ vectors.conj().T, float(values[0] / largest), None
 
 
 def _host(x: Any, name: str) -> np.ndarray:
@@ -334,16 +234,3 @@ def _host(x: Any, name: str) -> np.ndarray:
     source = source.detach().cpu() if arrays.kind(source) == "torch" else source
     exact = np.complex128 if arrays.is_complex(source.dtype) else np.float64
     return arrays.convert(arrays.cast(source, arrays.dtype_for(np.dtype(exact), arrays.kind(source))), "numpy")
-
-
-def _reordered(side: Metric | None, order: np.ndarray | None) -> Metric | None:
-    if side is None or order is None:
-        return side
-    return Metric(np.ascontiguousarray(side.matrix[np.ix_(order, order)]), side.scale, side.notes)
-
-
-def columns_of(weight: Weight) -> Metric:
-    """The weight of the inputs; ``ValueError`` where there is none."""
-    if weight.columns is None:
-        raise ValueError("weight: expected a weight of the inputs (or activations), got none")
-    return weight.columns

@@ -13,21 +13,23 @@ from structmat import arrays
 from structmat.arrays import Array
 from structmat.projection.certificate import Projection, dense
 from structmat.projection.interpolative import interpolate
-from structmat.projection.moments import Weight
 from structmat.projection.permutation import View
 from structmat.projection.selection import Ladder, Request, Solution, choose, infeasible, unreachable
 from structmat.projection.svd import svd, tails, truncate
 from structmat.projection.target import like, rounding, safe_scale, scaled
+from structmat.projection.weight import Weight
 from structmat.projection.weighted_chain import weighted_butterfly, weighted_chain
 from structmat.projection.weighted_classes import safe, truncated
 from structmat.projection.weighted_kronecker import weighted_kronecker
-from structmat.projection.weighted_support import weighted_block_diagonal
+from structmat.projection.weighted_support import weighted_block_diagonal, weighted_block_sparse, weighted_diagonal
 from structmat.projection.weighted_two_factor import weighted_two_factor
 from structmat.structures.block_diagonal import BlockDiagonal
+from structmat.structures.block_sparse import BlockSparse
 from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.butterfly import Butterfly
 from structmat.structures.chain import Chain
 from structmat.structures.dense import Dense
+from structmat.structures.diagonal import Diagonal
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
@@ -139,6 +141,8 @@ SOLVERS: dict[Any, Solver] = {
     BlockTensorTrain: weighted_two_factor,
     Butterfly: weighted_butterfly,
     Chain: weighted_chain,
+    BlockSparse: weighted_block_sparse,
+    Diagonal: weighted_diagonal,
     Dense: weighted_dense,
 }
 BOTH_SIDES = (LowRank, Monarch, BlockTensorTrain)

@@ -54,12 +54,11 @@ def least_eigenvalue(side: Side) -> float:
 
 def _one_class(classes: Classes, side: Side, rank: int) -> float:
     k, p = classes.at.k, classes.at.p
-    inverse = triangular_inverse(np.linalg.cholesky(side.whole))
+    inverse = triangular_inverse(side.triangle)
     best = 0.0
     for i in range(k):
-        part = inverse[
-            :, i * p : (i + 1) * p
-        ]  # the inverse of C is inverse^H inverse; its block inverts the complement
+        # the inverse of C is inverse^H inverse; its diagonal block is the inverse of the Schur complement
+        part = inverse[i * p :, i * p : (i + 1) * p]
         half = triangular_inverse(np.linalg.cholesky(part.conj().T @ part)).conj().T
         best = max(best, _tail(classes.blocks[i] @ half, rank))
     return best

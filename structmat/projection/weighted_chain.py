@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from structmat.patterns import Pattern
+from structmat.projection.certificate import frobenius
+from structmat.projection.gradient import project_any_chain
 from structmat.projection.hierarchical import ORDERS, balance, check_chainable, pad, parameters, sweep
-from structmat.projection.moments import Weight, columns_of
 from structmat.projection.selection import Request, Solution, allowed_error, infeasible, unreachable
 from structmat.projection.two_factor import Layout, Place
+from structmat.projection.weight import Weight, columns_of
 from structmat.projection.weighted_bounds import AFFORDABLE, least_eigenvalue, two_factor_bound
 from structmat.projection.weighted_classes import Classes, Side, safe
 from structmat.projection.weighted_support import fit_support
@@ -200,11 +204,30 @@ def weighted_chain(target: np.ndarray, request: Request, weight: Weight) -> Solu
     """A chain of given patterns, see :func:`fit`."""
     if request.patterns is None:
         raise ValueError("patterns: projection onto a Chain needs the patterns (a, b, c, d) of its factors")
+    if not all(p.chain_rank(q) for p, q in pairwise(request.patterns)):
+        return fit_any(target, request, weight)
     check_chainable(request.patterns, target.shape)
     found = fit(target, request.patterns, weight, request)
     return Solution(
         Chain(found.factors, (target.shape[0], target.shape[1])), found.lower_bound, found.method, ridge=weight.ridge
     )
+
+
+def fit_any(target: np.ndarray, request: Request, weight: Weight) -> Solution:
+    """A chain that no SVD splits (BLAST, MM*): L-BFGS from its projection without a weight."""
+    plain = project_any_chain(target, replace(request, norm=frobenius(target)))
+    if not isinstance(plain.operator, Chain):
+        raise TypeError(f"expected a Chain, got {type(plain.operator).__name__}")
+    metric, (rows, cols) = columns_of(weight), (plain.operator.patterns[0].rows, plain.operator.patterns[-1].cols)
+    gram = np.eye(cols, dtype=metric.matrix.dtype)  # the padding is not seen, but stays near zero
+    gram[: len(metric.solid), : len(metric.solid)] = metric.solid
+    wide = np.pad(target, [(0, rows - target.shape[0]), (0, cols - target.shape[1])])
+    factors, steps = descend(wide, plain.operator.factors, gram)
+    better = plain.operator.with_factors(factors)
+    errors = [weight.norm(target - x.to_dense()) for x in (plain.operator, better)]
+    name = f"{plain.method} + {steps} iterations of weighted L-BFGS" if errors[1] < errors[0] else plain.method
+    operator = better if errors[1] < errors[0] else plain.operator
+    return Solution(operator, 0.0, f"{name} (no lower bound known)", ridge=metric.ridge)
 
 
 def weighted_butterfly(target: np.ndarray, request: Request, weight: Weight) -> Solution:

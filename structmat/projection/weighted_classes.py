@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from structmat.projection.certificate import frobenius
-from structmat.projection.moments import Metric, Weight
 from structmat.projection.permutation import View
 from structmat.projection.svd import svd, tails
 from structmat.projection.two_factor import Layout, Place, blocks_of
+from structmat.projection.weight import Metric, Weight
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -136,21 +136,26 @@ class Side:
 
         self.count = count
         self.ridge = metric.ridge
-        self.whole, diagonal = whole, _ = blocks(metric.matrix)
-        off = whole.copy()
-        for i in range(count):
-            part = slice(i * size // count, (i + 1) * size // count)
-            off[part, part] = 0.0
-        self.decoupled = not np.abs(off).max(initial=0.0) > _EPS * np.abs(whole).max()
+        self.whole, diagonal = blocks(metric.matrix)
+        self.damped = self.whole
+        self._known = metric.triangle if size == n and np.array_equal(order, np.arange(n)) else None
+        q = size // count
+        self.decoupled = not any(
+            self.whole[i * q : (i + 1) * q, : i * q].any() for i in range(1, count)
+        )  # Hermitian: the other half is its adjoint
         if metric.ridge:
             values, vectors = np.linalg.eigh(diagonal)
             self.factors = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]  # S S^H = C_kk, singular or not
-            whole, diagonal = blocks(metric.solid)
+            self.damped, diagonal = blocks(metric.solid)
             self.solid = np.linalg.cholesky(diagonal)
         else:
             self.factors = self.solid = np.linalg.cholesky(diagonal)
         self.inverse = np.stack([triangular_inverse(s) for s in self.solid])  # (count, q, q)
-        self.damped = whole
+
+    @property
+    def triangle(self) -> np.ndarray:
+        """The Cholesky factor of the weight in the order of the classes."""
+        return np.linalg.cholesky(self.whole) if self._known is None else self._known
 
     @cached_property
     def coupling(self) -> np.ndarray:

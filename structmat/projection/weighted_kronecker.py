@@ -21,9 +21,9 @@ from structmat.projection.kronecker import (
     unfold,
     unfolding_bound,
 )
-from structmat.projection.moments import Metric, Weight, columns_of
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, infeasible, unreachable
 from structmat.projection.svd import singular_values, tails
+from structmat.projection.weight import Metric, Weight, columns_of
 from structmat.projection.weighted_classes import safe
 from structmat.structures.kronecker import Kronecker, kronecker_shapes
 

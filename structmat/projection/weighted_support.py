@@ -1,16 +1,38 @@
-"""Block-diagonal matrices and single factors in a weighted norm: least squares on the support."""
+"""Diagonal, block-diagonal and block-sparse matrices and single factors in a weighted norm: least squares on the support."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
 from structmat.patterns import Pattern
-from structmat.projection.moments import Weight, columns_of
-from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
+from structmat.projection.block_sparse import project_block_sparse
+from structmat.projection.certificate import frobenius
+from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, infeasible, unreachable
 from structmat.projection.support import restrict
+from structmat.projection.weight import Weight, columns_of
 from structmat.projection.weighted_classes import safe
 from structmat.structures.block_diagonal import BlockDiagonal
+from structmat.structures.block_sparse import BlockSparse
 from structmat.structures.chain import ceil_div, split_counts
+from structmat.structures.diagonal import Diagonal
+
+
+def weighted_diagonal(target: np.ndarray, request: Request, weight: Weight) -> Solution:
+    """The best diagonal matrix, ``d_i = (W C)_ii / C_ii``: optimal. Inputs that never fire keep the entry of ``W``."""
+    (m, n), c = target.shape, columns_of(weight).matrix
+    size = min(m, n)
+    if m != n:
+        raise ValueError(f"W: expected a square matrix for Diagonal, got shape {(m, n)}")
+    if request.limit is not None and request.limit < size:
+        raise infeasible(request, size)
+    own = np.diagonal(target)
+    moved = np.einsum("ij,ji->i", target - np.diag(own), c)  # what is left, moved onto the diagonal
+    power = np.real(np.diagonal(c))
+    entries = own + np.divide(moved, power, out=np.zeros_like(moved), where=power > 0.0)
+    error = weight.norm(target - np.diag(entries))
+    return Solution(Diagonal(entries), safe(error, target, weight), "weighted least squares on the diagonal (optimal)")
 
 
 def weighted_block_diagonal(target: np.ndarray, request: Request, weight: Weight) -> Solution:
@@ -84,3 +106,62 @@ def fit_support(target: np.ndarray, pattern: Pattern, weight: Weight) -> np.ndar
 
 def _pad(x: np.ndarray, rows: int, cols: int) -> np.ndarray:
     return x if x.shape == (rows, cols) else np.pad(x, [(0, rows - x.shape[0]), (0, cols - x.shape[1])])
+
+
+def weighted_block_sparse(target: np.ndarray, request: Request, weight: Weight) -> Solution:
+    """Least squares on the blocks at the places: optimal for given places, and for those of a flat block butterfly.
+
+    A budget takes the blocks of largest norm, with every input by its own power or without, whichever ends nearer; a
+    tolerance as few of the former as it needs, by bisection.
+    """
+    power = np.sqrt(np.maximum(np.real(np.diagonal(columns_of(weight).matrix)), 0.0))
+    if not request.free:
+        return _sparse(target, _places(target, request), weight, "(optimal)")[0]
+    m, n = target.shape
+    if request.limit is not None:
+        tried = [_sparse(target, _places(x, request), weight, "") for x in (target * power, target)]
+        return min(tried, key=lambda pair: pair[1])[0]
+    p, q = _places(target, replace(request, tol=None)).blocks.shape[-2:]
+    low, high = 0, ceil_div(m, p) * ceil_div(n, q)
+    found, error = _sparse(target, _kept(target * power, request, high * p * q), weight, "")
+    if error > allowed_error(request):
+        raise unreachable(request, error)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried, error = _sparse(target, _kept(target * power, request, middle * p * q), weight, "")
+        low, high, found = (low, middle, tried) if error <= allowed_error(request) else (middle, high, found)
+    return found
+
+
+def _kept(target: np.ndarray, request: Request, limit: int) -> BlockSparse:
+    return _places(target, replace(request, tol=None, limit=limit))
+
+
+def _places(target: np.ndarray, request: Request) -> BlockSparse:
+    """The block-sparse matrix nearest without a weight, whose places are taken."""
+    found = project_block_sparse(target, replace(request, norm=frobenius(target))).operator
+    if not isinstance(found, BlockSparse):
+        raise TypeError(f"expected a BlockSparse, got {type(found).__name__}")
+    return found
+
+
+def _sparse(target: np.ndarray, at: BlockSparse, weight: Weight, note: str) -> tuple[Solution, float]:
+    """The best values at the places of another, and their error; the blocks of one row share a least-squares problem."""
+    m, n = target.shape
+    p, q = at.blocks.shape[-2:]
+    w = _pad(target, at.grid[0] * p, at.grid[1] * q)
+    s = _pad(columns_of(weight).factor, at.grid[1] * q, n)
+    blocks = np.zeros(at.blocks.shape, np.result_type(w, s) if np.iscomplexobj(w) else w.dtype)
+    for row in np.unique(at.rows):
+        places, first = np.unique(at.cols[at.rows == row], return_index=True)
+        slots = np.flatnonzero(at.rows == row)[first]  # of a place that is listed twice the first holds all
+        inside = (places[:, None] * q + np.arange(q)).ravel()
+        outside = w[row * p : (row + 1) * p].copy()
+        own = outside[:, inside]
+        outside[:, inside] = 0.0
+        change = np.linalg.lstsq(s[inside].conj().T, (outside @ s).conj().T, rcond=None)[0].conj().T
+        blocks[slots] = (own + change).reshape(p, len(places), q).transpose(1, 0, 2)
+    operator = BlockSparse(blocks, at.rows, at.cols, (m, n))
+    error = weight.norm(target - operator.to_dense())
+    bound = safe(error, target, weight) if note else 0.0
+    return Solution(operator, bound, f"weighted least squares on the blocks {note}".rstrip()), error

@@ -9,10 +9,10 @@ import numpy as np
 from structmat.patterns import AxisOrder
 from structmat.projection.certificate import frobenius
 from structmat.projection.interpolative import interpolate_blocks
-from structmat.projection.moments import Weight
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
 from structmat.projection.svd import fill, svd
 from structmat.projection.two_factor import Layout, Place, _orders, layout
+from structmat.projection.weight import Weight
 from structmat.projection.weighted_bounds import two_factor_bound
 from structmat.projection.weighted_chain import weighted_train
 from structmat.projection.weighted_classes import Classes, Pair, safe, truncated
