@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,8 @@ def test_optional_packages_are_imported_where_they_are_used(path):
 
 
 def public() -> dict[str, object]:
-    names = {f"structmat.{k}": v for k, v in vars(sm).items() if not k.startswith("_") and callable(v)}
+    named = {k: getattr(sm, k) for k in dir(sm) if not k.startswith("_")}
+    names = {f"structmat.{k}": v for k, v in named.items() if callable(v) and v is not Any}
     for module in (sm.linalg, sm.testing, sm.backends):
         short = module.__name__
         names |= {
