@@ -354,18 +354,18 @@ class Operator:
     # ---- algebra ------------------------------------------------------------------------------------------------
 
     def __add__(self, other: Any) -> Operator:
-        check_operator(other, "+", self)
+        require_operator(other, "+", self)
         if self.shape[-2:] != other.shape[-2:]:
             raise ValueError(f"add: {self.shape} + {other.shape}: shapes differ")
         check_pair(self, other, "add")
         return rules.apply(rules.ADD, self, other)
 
     def __radd__(self, other: Any) -> Operator:
-        check_operator(other, "+", self)
+        require_operator(other, "+", self)
         return NotImplemented
 
     def __sub__(self, other: Any) -> Operator:
-        check_operator(other, "-", self)
+        require_operator(other, "-", self)
         if self.shape[-2:] != other.shape[-2:]:
             raise ValueError(f"subtract: {self.shape} - {other.shape}: shapes differ")
         return self + (-other)
@@ -426,7 +426,7 @@ def check_pair(left: Operator, right: Operator, what: str) -> None:
         _check_batches(left.shape, right.shape)
 
 
-def check_operator(other: Any, sign: str, owner: Operator) -> None:
+def require_operator(other: Any, sign: str, owner: Operator) -> None:
     """``TypeError`` that says what to write instead, unless ``other`` is an operator."""
     if isinstance(other, Operator):
         return
