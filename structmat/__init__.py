@@ -85,6 +85,14 @@ def _compress(*arguments: Any) -> Any:
     return compress(*arguments)
 
 
+@rules.fallback("plot")
+def _plot(*arguments: Any) -> Any:
+    """``Approximations.plot``, loaded with the rest of plotting; importing it takes this entry's place."""
+    from structmat.plotting import plot_approximations
+
+    return plot_approximations(*arguments)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'structmat' has no attribute {name!r}")

@@ -106,6 +106,22 @@ def test_everything_public_is_described(name):
         assert result_tuple or ">>> " in text, "an example that runs"
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        "sm.LowRank.random((6, 6), rank=2).compress(rank=1).operator.rank",
+        "sm.linalg.det(sm.Identity(1))",
+        "sm.testing.check_operator(sm.Identity(3)) or 1",
+        "len([sm.approximate(np.arange(16.0).reshape(4, 4) + np.eye(4), budget=0.9).plot()])",
+        "len([sm.plotting.plot_errors({})])",
+        "sm.project(np.eye(4)[:1], sm.LowRank, rank=1).operator.rank",
+    ],
+)
+def test_what_is_loaded_later_works_in_a_fresh_process(use):
+    code = f"import matplotlib; matplotlib.use('Agg'); import numpy as np, structmat as sm; print(int({use}))"
+    assert run(code).strip() == "1"
+
+
 def test_names_that_others_rely_on():
     expected = (
         "Operator Dense Identity Zero Diagonal Permutation BlockDiagonal LowRank Kronecker Monarch BlockTensorTrain "

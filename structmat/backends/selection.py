@@ -46,7 +46,7 @@ def available() -> tuple[str, ...]:
 
 
 class use_backend:  # noqa: N801 (reads as a verb: with use_backend("numpy"): ...)
-    """Choose the backend for the arrays of its library, from here on or for the length of a ``with`` block.
+    """Choose the backend for the arrays of its library, from here on in this thread or for a ``with`` block.
 
     Parameters
     ----------

@@ -122,7 +122,7 @@ def project_two_factor(target: np.ndarray, request: Request) -> Solution:
     counts = [split_counts(request.blocks, shape)]
     if request.free and request.blocks is None:
         counts += [(2**i, 2**i) for i in range(1, 32) if 4**i <= min(shape)]
-    orders = _orders(request)
+    orders = axis_orders(request)
     places = [Place(layout(shape, c, rows), cols) for c in counts for rows, cols in orders]
     if request.limit is not None and request.blocks is None:
         saved = 1 if request.interpolative else 0
@@ -142,7 +142,7 @@ def project_two_factor(target: np.ndarray, request: Request) -> Solution:
     return Solution(operator, bound, _method(request, place))
 
 
-def _orders(request: Request) -> list[tuple[bool, bool]]:
+def axis_orders(request: Request) -> list[tuple[bool, bool]]:
     """``(contiguous rows, strided columns)`` of every axis order to try, the family's own first."""
     own = (request.family is BlockTensorTrain, False)
     if "search" in (request.layout, request.permutation):

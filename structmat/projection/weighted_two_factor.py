@@ -11,7 +11,7 @@ from structmat.projection.certificate import frobenius
 from structmat.projection.interpolative import interpolate_blocks
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
 from structmat.projection.svd import fill, svd
-from structmat.projection.two_factor import Layout, Place, _orders, layout
+from structmat.projection.two_factor import Layout, Place, axis_orders, layout
 from structmat.projection.weight import Weight
 from structmat.projection.weighted_bounds import two_factor_bound
 from structmat.projection.weighted_chain import weighted_train
@@ -187,7 +187,7 @@ def candidates(request: Request, shape: tuple[int, int]) -> list[Place]:
     counts = [split_counts(request.blocks, shape)]
     if request.free and request.blocks is None:
         counts += [(2**i, 2**i) for i in range(1, 32) if 4**i <= min(shape)]
-    orders = _orders(request)
+    orders = axis_orders(request)
     places = [Place(layout(shape, c, rows), cols) for c in counts for rows, cols in orders]
     if request.limit is not None and request.blocks is None:
         fitting = [a for a in places if a.layout.step <= (request.limit or 0)]
