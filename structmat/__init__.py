@@ -22,6 +22,7 @@ from structmat.blocks import block_diag as block_diag
 from structmat.blocks import hstack as hstack
 from structmat.blocks import vstack as vstack
 from structmat.operator import Operator as Operator
+from structmat.planning import tune as tune
 from structmat.structures.block_diagonal import BlockDiagonal as BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse as BlockSparse
 from structmat.structures.block_sparse import flat_block_butterfly as flat_block_butterfly
@@ -51,9 +52,9 @@ if TYPE_CHECKING:
     from structmat import testing as testing
     from structmat.projection.allocation import Allocation as Allocation
     from structmat.projection.allocation import allocate as allocate
-    from structmat.projection.approximate import Approximation as Approximation
-    from structmat.projection.approximate import Approximations as Approximations
     from structmat.projection.approximate import approximate as approximate
+    from structmat.projection.approximations import Approximation as Approximation
+    from structmat.projection.approximations import Approximations as Approximations
     from structmat.projection.blast import blast_patterns as blast_patterns
     from structmat.projection.certificate import Projection as Projection
     from structmat.projection.moments import Moments as Moments
@@ -63,8 +64,8 @@ __version__ = "0.1.0"
 
 _LATER = {
     "Allocation": "structmat.projection.allocation",
-    "Approximation": "structmat.projection.approximate",
-    "Approximations": "structmat.projection.approximate",
+    "Approximation": "structmat.projection.approximations",
+    "Approximations": "structmat.projection.approximations",
     "Moments": "structmat.projection.moments",
     "Projection": "structmat.projection.certificate",
     "allocate": "structmat.projection.allocation",

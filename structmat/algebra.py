@@ -6,6 +6,7 @@ through the rule table (``structmat/identities.py``), so that whatever can stay 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -121,10 +122,19 @@ class Sum(Combination):
         return cls(*values[0])
 
     def _matmat(self, x: Array) -> Array:
-        return accumulate(t._matmat(x) for t in self.terms)
+        return self._accumulated(x, rows=False)
 
     def _rows(self, x: Array) -> Array:
-        return accumulate(t._rows(x) for t in self.terms)
+        return self._accumulated(x, rows=True)
+
+    def _accumulated(self, x: Array, rows: bool) -> Array:
+        """The sum of the terms' results, each added by its own kernel where it has one that can."""
+        first, *others = self.terms
+        total = first._rows(x) if rows else first._matmat(x)
+        for t in others:
+            if not t._add(x, total, rows):
+                total = plus(total, t._rows(x) if rows else t._matmat(x))
+        return total
 
     def _transpose(self) -> Operator:
         return Sum(*(t.T for t in self.terms))
@@ -367,16 +377,16 @@ def operators_of(values: Iterable[Any], what: str) -> list[Operator]:
 
 
 def accumulate(results: Iterable[Array]) -> Array:
-    """The sum of fresh arrays, in place where NumPy's promotion leaves the dtype and the shape."""
-    total = None
-    for y in results:
-        if total is None:
-            total = y
-        elif isinstance(total, np.ndarray) and total.shape == y.shape and np.can_cast(y.dtype, total.dtype):
-            total += y
-        else:
-            total = total + y
-    return total
+    """The sum of fresh arrays."""
+    return functools.reduce(plus, results)
+
+
+def plus(total: Array, y: Array) -> Array:
+    """The sum of two fresh arrays, in place where NumPy's promotion leaves the dtype and the shape."""
+    if isinstance(total, np.ndarray) and total.shape == y.shape and np.can_cast(y.dtype, total.dtype):
+        total += y
+        return total
+    return total + y
 
 
 def shown(parts: Sequence[Operator], wrapped: Any) -> list[str]:

@@ -232,7 +232,8 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
     """``ValueError``/``TypeError`` unless ``out`` can take a result of this shape and dtype."""
     if tuple(out.shape) != shape:
         raise ValueError(f"out: expected shape {shape}, got {tuple(out.shape)}")
-    if promote(out.dtype, dtype) != out.dtype:
+    native = out.dtype.newbyteorder("=") if isinstance(out.dtype, np.dtype) else out.dtype
+    if promote(native, dtype) != native:
         raise TypeError(f"out: dtype {out.dtype} cannot hold a result of dtype {dtype}")
 
 

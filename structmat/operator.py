@@ -200,6 +200,24 @@ class Operator:
         """
         return rules.FALLBACKS["compress"](self, tol, rank, budget)
 
+    def plan(self, batch: int = 1, rows: bool = False) -> Any:
+        """Which kernel applies the operator to ``batch`` columns (``rows``: to rows, ``X @ A.T``), and what it was chosen from.
+
+        Returns a decision that prints as a table of kernels and predicted times; see :func:`structmat.tune`.
+
+        Examples
+        --------
+        >>> import structmat as sm
+        >>> with sm.use_backend("numpy"):
+        ...     print(sm.Monarch.random((64, 64), rng=0).plan(batch=16).kernel)
+        library
+        """
+        return rules.FALLBACKS["plan"](self, batch, rows)
+
+    def _explain(self, k: int, rows: bool) -> Any:  # noqa: ARG002
+        """The explanation of the operator's plan; ``None`` where it has none of its own."""
+        return None
+
     def astype(self, dtype: DType) -> Operator:
         """The operator with its values cast; itself where the dtype is already right.
 
@@ -266,6 +284,8 @@ class Operator:
     # ---- applying -----------------------------------------------------------------------------------------------
 
     def __matmul__(self, x: Any) -> Any:
+        if type(x) is np.ndarray and x.dtype == self.dtype and x.shape == self.shape[-1:] and self.kind == "numpy":
+            return self._vector(x)  # the common case, which dot would reach a microsecond later
         if isinstance(x, Operator):
             check_inner(self, x)
             return rules.apply(rules.MATMUL, self, x)
@@ -277,13 +297,14 @@ class Operator:
         if x.ndim == 1:
             if x.shape[0] != self.shape[-1]:
                 raise _mismatch(self.shape, x.shape, self.shape[-1], x.shape[0])
-            y = self._matmat(x[:, None])[..., 0]
+            y = self._vector(x)
             return y if out is None else arrays.copy_into(y, out)
         return self._checked_matmat(x, out)
 
     def matmat(self, x: Array, out: Array | None = None) -> Array:
         """``A x`` for ``x`` of shape ``(..., n, k)``; returns ``(..., m, k)``, written to ``out`` if given."""
-        x = arrays.operand(x, self, "matmat")
+        if not (type(x) is np.ndarray and x.dtype == self.dtype and self.kind == "numpy"):
+            x = arrays.operand(x, self, "matmat")
         return self._checked_matmat(x, out)
 
     def matvec(self, x: Array, out: Array | None = None) -> Array:
@@ -295,7 +316,7 @@ class Operator:
         elif x.ndim >= 1 and x.shape[-1] == n:
             if self.batch_shape and x.ndim > 1:
                 _check_batches(self.shape, tuple(x.shape), core=1)
-            y = self._matmat(x[:, None])[..., 0] if x.ndim == 1 else self._vectors(x)
+            y = self._vector(x) if x.ndim == 1 else self._vectors(x)
         else:
             raise ValueError(f"matvec: {self.shape} applied to {tuple(x.shape)}: expected shape (..., {n})")
         return arrays.copy_into(y, out)
@@ -317,7 +338,7 @@ class Operator:
         if self.batch_shape and x.ndim > 2:
             _check_batches(tuple(x.shape), self.shape)
         transposed = self.T
-        return transposed._matmat(x[:, None])[..., 0] if x.ndim == 1 else transposed._rows(x)
+        return transposed._vector(x) if x.ndim == 1 else transposed._rows(x)
 
     __rmatmul__ = rdot
 
@@ -344,12 +365,20 @@ class Operator:
         """``x A^T`` for rows ``x`` of shape ``(..., k, n)``; returns ``(..., k, m)``."""
         return self._matmat(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
+    def _vector(self, x: Array) -> Array:
+        """``A x`` for one vector of shape ``(n,)``; returns ``(..., m)``."""
+        return self._matmat(x[:, None])[..., 0]
+
     def _vectors(self, x: Array) -> Array:
         """``A x`` for a stack of vectors ``(..., n)`` that broadcasts with the operator's batch."""
         return self._matmat(x[..., None])[..., 0] if self.batch_shape else self._rows(x)
 
     def _columns_into(self, x: Array, out: Array) -> Array:
         return arrays.copy_into(self._matmat(x), out)
+
+    def _add(self, x: Array, y: Array, rows: bool) -> bool:  # noqa: ARG002
+        """``y += A x`` (or ``x A^T``) in the same pass over ``y``; ``False``, and nothing done, where no kernel does it."""
+        return False
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 

@@ -9,42 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from chains import layouts
 from hypothesis import given, settings
 
 import structmat as sm
 from structmat.backends import base
 from structmat.backends.numpy import NumpyBackend, StridedChainPlan, aligned_view
-from structmat.patterns import AxisOrder, Pattern, axis_order, compose, is_identity, near_square, prime_factors
+from structmat.patterns import AxisOrder, axis_order, compose, is_identity, near_square, prime_factors
 from structmat.structures.block_tensor_train import balanced_radices
 from structmat.structures.butterfly import butterfly_patterns
-
-small = st.integers(1, 4)
-
-
-@st.composite
-def layouts(draw):
-    """Any chain: random patterns, orders at both ends, padding."""
-    patterns = [Pattern(draw(small), draw(small), draw(small), draw(small))]
-    for _ in range(draw(st.integers(0, 2))):
-        rows = patterns[-1].cols
-        a = draw(st.sampled_from([k for k in range(1, rows + 1) if rows % k == 0]))
-        b = draw(st.sampled_from([k for k in range(1, rows // a + 1) if (rows // a) % k == 0]))
-        patterns.append(Pattern(a, b, draw(small), rows // a // b))
-
-    def order(size):
-        radices = prime_factors(size)
-        radices = draw(st.permutations(radices)) if radices else [1]
-        cut = draw(st.integers(0, len(radices) - 1))
-        radices = [*radices[:cut], math.prod(radices[cut:])]
-        return draw(
-            st.one_of(
-                st.none(), st.permutations(range(len(radices))).map(lambda p: AxisOrder(tuple(radices), tuple(p)))
-            )
-        )
-
-    rows, cols = patterns[0].rows, patterns[-1].cols
-    m, n = rows - draw(st.integers(0, min(2, rows - 1))), cols - draw(st.integers(0, min(2, cols - 1)))
-    return base.ChainLayout(tuple(patterns), m, n, order(rows), order(cols))
 
 
 @given(layouts(), st.sampled_from([1, 3]), st.booleans())

@@ -26,6 +26,20 @@ class ChainLayout(NamedTuple):
     in_order: AxisOrder | None = None
 
 
+class Candidate(NamedTuple):
+    """A kernel that a planner considered, with its predicted time."""
+
+    kernel: str
+    seconds: float
+
+
+class Explanation(NamedTuple):
+    """Which kernel a plan uses for one layout and batch, and what it considered, fastest first."""
+
+    kernel: str
+    candidates: tuple[Candidate, ...] = ()
+
+
 class Plan(Protocol):
     """How one operator is applied; made once and kept by the operator."""
 
@@ -35,6 +49,22 @@ class Plan(Protocol):
 
     def rows(self, x: Array) -> Array:
         """``x A^T`` for ``x`` of shape ``(..., k, n)``."""
+        ...
+
+    def vector(self, x: Array) -> Array:
+        """``A x`` for one vector ``x`` of shape ``(n,)``."""
+        ...
+
+    def add(self, x: Array, out: Array, rows: bool = False) -> bool:
+        """``out += A x`` (or ``x A^T``) in one pass; ``False``, and nothing done, where there is no kernel for it."""
+        ...
+
+    def explain(self, k: int, rows: bool = False) -> Explanation:
+        """The kernel for ``k`` columns (or rows)."""
+        ...
+
+    def tune(self, k: int, rows: bool = False) -> None:
+        """Choose the kernel for ``k`` columns (or rows) by measuring."""
         ...
 
 
@@ -52,7 +82,34 @@ class Backend:
         return KronPlan(factors)
 
 
-class ChainPlan:
+class LibraryPlan:
+    """What plans made of library calls have in common."""
+
+    def columns(self, x: Array, out: Array | None = None) -> Array:
+        """``A x`` for ``x`` of shape ``(..., n, k)``."""
+        raise NotImplementedError
+
+    def rows(self, x: Array) -> Array:
+        """``x A^T`` for ``x`` of shape ``(..., k, n)``: the columns of the transposed view."""
+        return self.columns(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+    def vector(self, x: Array) -> Array:
+        """``A x`` for one vector ``x`` of shape ``(n,)``."""
+        return self.columns(x[:, None])[..., 0]
+
+    def add(self, x: Array, out: Array, rows: bool = False) -> bool:  # noqa: ARG002
+        """Library calls make results of their own."""
+        return False
+
+    def explain(self, k: int, rows: bool = False) -> Explanation:  # noqa: ARG002
+        """There is one kernel, whatever the batch."""
+        return Explanation("library")
+
+    def tune(self, k: int, rows: bool = False) -> None:
+        """Nothing to choose from."""
+
+
+class ChainPlan(LibraryPlan):
     """A chain by one batched ``@`` per factor; the digits are brought into place by ``swapaxes``."""
 
     def __init__(self, layout: ChainLayout, blocks: Sequence[Array]) -> None:
@@ -71,15 +128,11 @@ class ChainPlan:
             z = z.reshape(*z.shape[:-4], a * b * d, k)
         return arrays.copy_into(reorder(z, layout.out_order)[..., : layout.rows, :], out)
 
-    def rows(self, x: Array) -> Array:
-        """``x A^T`` for ``x`` of shape ``(..., k, n)``: the columns of the transposed view."""
-        return self.columns(x.swapaxes(-1, -2)).swapaxes(-1, -2)
-
     def _like(self, block: Array, _x: Array) -> Array:
         return block
 
 
-class KronPlan:
+class KronPlan(LibraryPlan):
     """A Kronecker product, one factor at a time and without a transposition.
 
     With the other digits gathered into ``before`` and ``after``, factor ``i`` is one batched product

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextvars import ContextVar, Token
 from types import TracebackType
 
@@ -38,11 +39,9 @@ def available() -> tuple[str, ...]:
     >>> "numpy" in sm.backends.available()
     True
     """
-    import importlib.util
-
-    libraries = {library for _, library in _backends.values()}
-    present = {name for name in libraries if importlib.util.find_spec(name) is not None}
-    return tuple(name for name, (_, library) in _backends.items() if library in present)
+    known = {"numpy": "numpy", "numba": "numba"} | {name: library for name, (_, library) in _backends.items()}
+    needs = known | {"numba": "numba"}
+    return tuple(name for name in known if _installed(needs[name]))
 
 
 class use_backend:  # noqa: N801 (reads as a verb: with use_backend("numpy"): ...)
@@ -66,9 +65,10 @@ class use_backend:  # noqa: N801 (reads as a verb: with use_backend("numpy"): ..
     """
 
     def __init__(self, name: str) -> None:
-        if name not in _backends:
+        if name not in available():
             raise ValueError(f"use_backend: expected one of {', '.join(available())}; got {name!r}")
-        backend, library = _backends[name]
+        backend = _load(name)
+        library = _backends[name][1]
         self._token: Token[dict[str, Backend]] = _chosen.set({**_chosen.get(), library: backend})
 
     def __enter__(self) -> use_backend:
@@ -86,9 +86,43 @@ def backend_for(library: str | None) -> Backend:
     library = library or "numpy"
     if chosen and library in chosen:
         return chosen[library]
-    return _default[library]
+    backend = _default.get(library)
+    return backend if backend is not None else _fastest_for_numpy()
+
+
+def _fastest_for_numpy() -> Backend:
+    """Numba's backend where Numba is installed, else NumPy's; decided at the first application."""
+    try:
+        backend = _load("numba") if _installed("numba") else _load("numpy")
+    except (
+        ImportError,
+        RuntimeError,
+        AttributeError,
+        OSError,
+    ) as error:  # not for this Python or this NumPy, or broken
+        warnings.warn(
+            f"Numba cannot be imported ({error}): operators use the NumPy backend", RuntimeWarning, stacklevel=2
+        )
+        backend = _load("numpy")
+    _default["numpy"] = backend
+    return backend
+
+
+def _installed(library: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(library) is not None
+
+
+def _load(name: str) -> Backend:
+    """The backend of this name; Numba's is imported when it is first asked for."""
+    if name == "numba" and name not in _backends:
+        from structmat.backends.numba import NumbaBackend
+
+        register(NumbaBackend(), "numpy")
+    return _backends[name][0]
 
 
 register(NumpyBackend(), "numpy")
 register(TorchBackend(), "torch")
-_default: dict[str, Backend] = {"numpy": _backends["numpy"][0], "torch": _backends["torch"][0], "cupy": Backend()}
+_default: dict[str, Backend] = {"torch": _backends["torch"][0], "cupy": Backend()}

@@ -15,7 +15,7 @@ import numpy as np
 
 from structmat import arrays
 from structmat.arrays import Array, DType
-from structmat.backends.base import ChainLayout, Plan
+from structmat.backends.base import ChainLayout, Explanation, Plan
 from structmat.backends.selection import backend_for
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder, Pattern, is_identity, near_square
@@ -174,6 +174,15 @@ class Chain(Operator):
 
     def _columns_into(self, x: Array, out: Array) -> Array:
         return self._plan().columns(x, out)
+
+    def _vector(self, x: Array) -> Array:
+        return self._plan().vector(x)
+
+    def _add(self, x: Array, y: Array, rows: bool) -> bool:
+        return self._plan().add(x, y, rows)
+
+    def _explain(self, k: int, rows: bool) -> Explanation:
+        return self._plan().explain(k, rows)
 
     # ---- random members -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from structmat import arrays
 from structmat.arrays import Array, DType
-from structmat.backends.base import Plan, cheapest_order
+from structmat.backends.base import Explanation, LibraryPlan, Plan, cheapest_order
 from structmat.backends.selection import backend_for
 from structmat.operator import Operator, check_pair
 from structmat.patterns import near_square
@@ -91,6 +91,15 @@ class Kronecker(Operator):
     def _columns_into(self, x: Array, out: Array) -> Array:
         return self._plan().columns(x, out)
 
+    def _vector(self, x: Array) -> Array:
+        return self._plan().vector(x)
+
+    def _add(self, x: Array, y: Array, rows: bool) -> bool:
+        return self._plan().add(x, y, rows)
+
+    def _explain(self, k: int, rows: bool) -> Explanation:
+        return self._plan().explain(k, rows)
+
     def _transpose(self) -> Operator:
         return Kronecker(*(f.T for f in self.factors))
 
@@ -163,7 +172,7 @@ def kronecker_shapes(shape: tuple[int, int]) -> list[tuple[int, int]]:
     return [(m1, n1), (m2, n2)]
 
 
-class OperatorKronPlan:
+class OperatorKronPlan(LibraryPlan):
     """A Kronecker product whose factors are operators: each is applied to the stack of its slices."""
 
     def __init__(self, factors: tuple[Operator, ...]) -> None:
@@ -193,7 +202,3 @@ class OperatorKronPlan:
                 z = f._matmat(z)
             z = z.reshape(*lead, before * sizes[i] * after, k)
         return arrays.copy_into(z, out)
-
-    def rows(self, x: Array) -> Array:
-        """``x A^T`` for ``x`` of shape ``(..., k, n)``."""
-        return self.columns(x.swapaxes(-1, -2)).swapaxes(-1, -2)

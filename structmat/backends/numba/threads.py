@@ -1,0 +1,86 @@
+"""Threads and workspaces: the batch is split over Python threads, which compiled code lets run side by side.
+
+The number of threads is Numba's (``numba.set_num_threads``, ``NUMBA_NUM_THREADS``). No kernel calls BLAS, so nothing is
+oversubscribed. Each thread has a workspace of its own, kept from one call to the next.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numba import get_num_threads
+
+from structmat.backends.numba.memory import empty
+
+SERIAL_SECONDS = 1.5e-4  # predicted work below which a second thread costs more than it saves
+
+_pool: tuple[int, ThreadPoolExecutor] | None = None
+_lock = threading.Lock()
+
+
+class Scratch(threading.local):
+    """The calling thread's scratch array of one dtype, aligned to a cache line; grown when more is needed, then kept."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.kept = np.empty(0, dtype)
+
+    def grow(self, elements: int) -> np.ndarray:
+        """The array, of at least so many elements (and never empty: kernels read their dtype from it)."""
+        self.kept = empty((max(elements, 4096),), self.kept.dtype)
+        return self.kept
+
+    @staticmethod
+    def of(dtype: np.dtype) -> Scratch:
+        """The one for float32 or for float64."""
+        return _scratch[dtype.char]
+
+
+_scratch = {char: Scratch(np.dtype(char)) for char in "fd"}
+
+
+def workspace(dtype: np.dtype, elements: int) -> np.ndarray:
+    """The calling thread's scratch array of at least so many elements."""
+    scratch = Scratch.of(np.dtype(dtype))
+    return scratch.kept if scratch.kept.size >= max(elements, 1) else scratch.grow(elements)
+
+
+def split(part: Callable[[int, int], object], total: int, grain: int, seconds: float) -> None:
+    """``part(start, stop)`` over ``0 .. total`` in as many pieces as there are threads, at multiples of ``grain``.
+
+    Serial where the predicted ``seconds`` do not pay for a second thread, or where there is one piece only.
+    """
+    pieces = -(-total // grain)
+    if seconds < SERIAL_SECONDS or pieces < 2 or (threads := min(get_num_threads(), pieces)) < 2:
+        part(0, total)
+        return
+    bounds = [min(total, pieces * i // threads * grain) for i in range(threads + 1)]
+    pool = _executor(threads - 1)
+    others = [pool.submit(part, bounds[i], bounds[i + 1]) for i in range(1, threads)]
+    try:
+        part(bounds[0], bounds[1])
+    finally:  # the result must not be left while somebody still writes to it
+        errors = [error for other in others if (error := other.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+
+def _executor(workers: int) -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None or _pool[0] < workers:  # a smaller one ends with its last caller
+            _pool = workers, ThreadPoolExecutor(workers, thread_name_prefix="structmat")
+        return _pool[1]
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
