@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-projection docs clean
+.PHONY: demo test lint bench bench-quick bench-projection docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,17 +32,20 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(VENV)/.test
-	$(BIN)/python bench/operators.py
+# OPTIONS="--part monarch --threads 2" and the like
+bench: $(VENV)/.bench
+	$(BIN)/python bench/cpu.py --save $(OPTIONS)
+
+bench-quick: $(VENV)/.bench
+	$(BIN)/python bench/cpu.py --quick $(OPTIONS)
 
 bench-projection: $(VENV)/.bench
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_chains.py
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_kronecker.py
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_selection.py
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/projection_weights.py --quick
+	$(BIN)/python bench/projection.py
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	# without its requirements: torchvision, which it does not use; where there is no wheel the tables say so
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps pyfastkron==1.1.0
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt $(VENV)/.torch
