@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from functools import partial
 from typing import Any
 
@@ -115,6 +116,12 @@ def overhead(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def rested(threads: int) -> None:
+    """Set the number of threads, and wait until the workers of the last BLAS call have stopped spinning."""
+    set_threads(threads)
+    time.sleep(0.1)
+
+
 def scaling(quick: bool) -> list[dict[str, Any]]:
     """Wall time of one thread over that of two, on compute-bound cases, ours and dense in turns."""
     cases = {
@@ -137,7 +144,7 @@ def scaling(quick: bool) -> list[dict[str, Any]]:
         for threads in (1, 2):
             calls[f"ours {threads}"] = ours(a, x, layout)
             calls[f"dense {threads}"] = lambda square=square: square @ square
-        prepare = {key: partial(set_threads, int(key[-1])) for key in calls}
+        prepare = {key: partial(rested, int(key[-1])) for key in calls}
         for key, call in calls.items():
             prepare[key]()
             call()

@@ -1,152 +1,201 @@
-"""Projection onto chains, as ratios in one run: against a dense SVD, one batched SVD, and peers where they are installed.
-
-Run with one BLAS thread: ``OPENBLAS_NUM_THREADS=1 python bench/projection_chains.py [--large]``.
-"""
+"""Butterflies against every peer, and two factors against one batched SVD of the same blocks."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
+import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from harness import interleaved
+from harness import Figure, Part, Table, interleaved, once
+from projection_matrices import hadamard, matrices, relative
+from projection_peers import NOT_APPLICABLE, Calls, descend, lazylinop_calls, palm4msa, pyfaust_calls
 
 import structmat as sm
 from structmat.projection.two_factor import blocks_of, layout
 
-
-def bit_reversal(n: int) -> np.ndarray:
-    bits = n.bit_length() - 1
-    return np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(n)])
-
-
-def hadamard(n: int) -> np.ndarray:
-    matrix = np.ones((1, 1))
-    while len(matrix) < n:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix
+EXACT = ("Hadamard", "DFT, bit-reversed")  # butterflies in the order in which they are given
+THREADED = (*EXACT, "Hilbert")  # where the variants of pyfaust that take seconds are run too
+LIMITS = {"Hilbert": 0.1971, "2-D Gaussian kernel": 0.5457, "inverse Laplacian": 0.4406, "Gaussian": 0.984}
+SEARCHED = "project, searched"
+SLACK = 1 + 1e-6  # two errors that agree so far are the same
+ROUNDING = 1e-13  # and so are two that are both smaller than this
+TURN = 0.05  # seconds: a projection after the caches of another library is timed over several calls
+PATIENCE = 10  # gradient descent may take as many times longer than we do
 
 
-def matrices(n: int) -> dict[str, np.ndarray]:
-    """The kinds of matrices that butterflies are compared on, radix 2."""
-    i, g = np.arange(n), round(n**0.5)
-    x = np.linspace(0, 1, g)
-    points = np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 2)
-    squares = ((points[:, None] - points[None]) ** 2).sum(-1)
-    second = 2 * np.eye(g) - np.eye(g, k=1) - np.eye(g, k=-1)
-    cosine = np.sqrt(2 / n) * np.cos(np.pi * (2 * i[None] + 1) * i[:, None] / (2 * n))
-    cosine[0] /= np.sqrt(2)
-    fourier = np.fft.fft(np.eye(n))
-    rng = np.random.default_rng
+def run(quick: bool) -> Part:
+    butterflies = compare_butterflies(256 if quick else 1024, full=not quick)
+    pairs = two_factors(1024 if quick else 4096)
+    palm = preset(64 if quick else 128)
+    grown = growth(1024, 2048 if quick else 8192)
+    return Part(butterflies.figures + pairs.figures + grown, [*butterflies.tables, palm, *pairs.tables])
+
+
+# ---- butterflies ---------------------------------------------------------------------------------------------------------
+
+
+def ours(W: np.ndarray) -> Calls:
+    """Our contenders, the cheapest first."""
+
+    def call(**options: Any) -> Any:
+        return lambda: sm.project(W, sm.Butterfly, radix=2, **options).operator
+
     return {
-        "Hadamard": hadamard(n),
-        "DFT, bit-reversed": fourier[:, bit_reversal(n)],
-        "DFT, natural": fourier,
-        "DCT-II": cosine,
-        "Toeplitz": rng(0).standard_normal(2 * n - 1)[i[:, None] - i[None] + n - 1],
-        "circulant": rng(0).standard_normal(n)[(i[:, None] - i[None]) % n],
-        "Hilbert": 1 / (i[:, None] + i[None] + 1.0),
-        "2-D Gaussian kernel": np.exp(-squares / (2 * 0.1**2)),
-        "inverse Laplacian": np.linalg.inv(np.kron(second, np.eye(g)) + np.kron(np.eye(g), second)),
-        "iid Gaussian": rng(1).standard_normal((n, n)),
+        "project": call(),
+        "project, refine=1": call(refine=1),
+        "project, refine=10": call(refine=10),
+        SEARCHED: call(permutation="search"),
     }
 
 
-def installed(name: str) -> Any:
-    with contextlib.suppress(ImportError):
-        return importlib.import_module(name)
-    return None
-
-
-def peers(W: np.ndarray) -> dict[str, Callable[[], Any]]:
-    """The butterfly projections of other libraries, if they are here."""
-    found: dict[str, Callable[[], Any]] = {}
-    pyfaust = installed("pyfaust.fact")
-    if pyfaust is not None:
-        found["pyfaust bbtree"] = lambda: pyfaust.butterfly(W, type="bbtree")
-    butterfly = installed("lazylinop.butterfly")
-    if butterfly is not None:
-        chain = butterfly.Chain.square_dyadic(W.shape)
-        found["lazylinop ksd"] = lambda: butterfly.ksd(W, chain)
-    return found
-
-
-def relative(W: np.ndarray, peer: Any) -> float:
-    dense = peer.toarray() if hasattr(peer, "toarray") else peer @ np.eye(W.shape[1])
-    return float(np.linalg.norm(W - dense) / np.linalg.norm(W))
-
-
-def butterflies(n: int) -> None:
-    print(f"butterfly {n}, radix 2: relative errors")
-    print(f"{'':22}{'bound':>10}{'one sweep':>11}{'+ 10 ALS':>10}{'searched':>10}  peers")
+def compare_butterflies(n: int, full: bool) -> Part:
+    """Errors and times of all contenders on all matrices, and what the figures to reach make of them."""
+    errors: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    figures: list[Figure] = []
+    bounds: list[float] = []
     for name, W in matrices(n).items():
-        plain = sm.project(W, sm.Butterfly, radix=2)
-        refined = sm.project(W, sm.Butterfly, radix=2, refine=10)
-        searched = sm.project(W, sm.Butterfly, radix=2, permutation="search")
-        others = ", ".join(f"{key} {relative(W, call()):.4g}" for key, call in peers(W).items())
-        bound = plain.lower_bound / np.linalg.norm(W)
-        errors = (bound, plain.relative_error, refined.relative_error, searched.relative_error)
-        print(
-            f"{name:22}" + "".join(f"{e:>10.4g}" if e > 1e-9 else f"{e:>10.1e}" for e in errors) + f"  {others}",
-            flush=True,
-        )
-    for name in ("Hadamard", "DFT, bit-reversed", "iid Gaussian"):
-        W = matrices(n)[name]
-        times = interleaved(
-            {
-                "project": lambda W=W: sm.project(W, sm.Butterfly, radix=2),
-                "dense SVD": lambda W=W: np.linalg.svd(W),
-                **peers(W),
-            }
-        )
-        ratios = ", ".join(f"{key} {t / times['project']:.1f}x" for key, t in times.items() if key != "project")
-        print(f"time of others over ours, {name}: {ratios}", flush=True)
+        found, taken = measure(W, permuted=full, threaded=full and name in THREADED)
+        for key in found:
+            errors.setdefault(key, {})[name] = found[key]
+            seconds.setdefault(key, {})[name] = taken[key] / taken["project"]
+        bounds.append(sm.project(W, sm.Butterfly, radix=2).lower_bound / float(np.linalg.norm(W)))
+        new = against_peers(name, n, found, taken)
+        figures += new
+        print(*(f"{f.what}: {f.measured:.3g} ({f.note})" for f in new), sep="\n", file=sys.stderr, flush=True)
+        seconds.setdefault("project, seconds", {})[name] = taken["project"]
+    names = list(matrices(4))
+    head = ("", *names)
+
+    def pick(values: dict[str, dict[str, float]]) -> list[list[Any]]:
+        return [[key, *(row.get(name, math.nan) for name in names)] for key, row in values.items()]
+
+    tables = [
+        Table(f"Butterfly {n}, radix 2: CPU time over that of project", head, pick(seconds), NOT_APPLICABLE),
+        Table(
+            f"Butterfly {n}, radix 2: relative error",
+            head,
+            [["lower bound of the best possible", *bounds], *pick(errors)],
+            f"Adam and L-BFGS: {PATIENCE} times as long as project with refine=10, or the least that one step takes.",
+        ),
+    ]
+    return Part(figures, tables)
 
 
-def two_factors(n: int) -> None:
-    print(f"two factors {n}: time over one batched SVD of the same blocks")
-    W = np.random.default_rng(0).standard_normal((n, n))
-    for family, counts in (
-        (sm.Monarch, (64, 64)),
-        (sm.BlockTensorTrain, (64, 64)),
-        (sm.BlockTensorTrain, (n // 16, 16)),
-    ):
-        blocks = np.ascontiguousarray(blocks_of(W, layout(W.shape, counts, family is sm.BlockTensorTrain)))
-        times = {}
-        for key, call in (
-            ("svd", lambda b=blocks: np.linalg.svd(b, full_matrices=False)),
-            ("project", lambda f=family, c=counts: sm.project(W, f, blocks=c, rank=1)),
-        ):
-            started = time.process_time()
-            call()
-            times[key] = time.process_time() - started
-        ratio = times["project"] / times["svd"]
-        print(
-            f"{family.__name__} {counts[0]}x{counts[1]} blocks of {blocks.shape[2]}x{blocks.shape[3]}: {ratio:.2f}",
-            flush=True,
-        )
+def measure(W: np.ndarray, permuted: bool, threaded: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Relative errors and CPU seconds: quick contenders take turns, slow ones and gradient descent have one."""
+    quick, permutations, threads = pyfaust_calls(W)
+    mine = ours(W)
+    patient = {SEARCHED: mine.pop(SEARCHED), **(permutations if permuted else {}), **(threads if threaded else {})}
+    contenders = {**mine, **quick, **lazylinop_calls(W)}
+    errors = {key: relative(W, call()) for key, call in contenders.items()}
+    seconds = interleaved(contenders, 0.0, time.process_time, TURN)
+    for key, call in patient.items():
+        seconds[key], found = once(call)
+        errors[key] = relative(W, found)
+    budget = PATIENCE * seconds["project, refine=10"]
+    for method in ("Adam", "L-BFGS"):
+        seconds[method], (errors[method], _) = once(lambda method=method: descend(W, method, budget))
+    return errors, seconds
 
 
-def growth(small: int, large: int) -> None:
-    times = {}
-    for n in (small, large):
-        W = np.random.default_rng(0).standard_normal((n, n))
-        runs = []
-        for _ in range(9 if n == small else 1):
-            started = time.process_time()
-            sm.project(W, sm.Butterfly, radix=2)
-            runs.append(time.process_time() - started)
-        times[n] = min(runs[1:] or runs)
-    print(
-        f"butterfly {large} over {small}: {times[large] / times[small]:.1f}x the time, {(large / small) ** 2:.0f}x the entries"
+def against_peers(name: str, n: int, errors: dict[str, float], seconds: dict[str, float]) -> list[Figure]:
+    """Our error against that of every peer, and our quickest call that is no worse than a peer against that peer's time.
+
+    The worst ratio over all peers counts. Axis orders are searched only against the peer that tries permutations too.
+    """
+    mine = [key for key in errors if key.startswith("project")]
+    peers = [key for key in errors if key not in mine]
+    faust = [key for key in peers if key.startswith("pyfaust")]
+    found: list[Figure] = []
+    if name in EXACT:
+        found.append(Figure(f"{name} {n}: error", errors["project"], 1e-15))
+        if faust:
+            quickest = min(faust, key=lambda key: seconds[key])
+            least = 9.0 if name == "Hadamard" else 8.0
+            ratio = seconds[quickest] / seconds["project"]
+            found.append(Figure(f"{name} {n}: time of the fastest pyfaust over ours", ratio, least, True, quickest))
+    if name in LIMITS and n == 1024:
+        found.append(Figure(f"{name} {n}: error", errors["project, refine=10"], LIMITS[name]))
+    by_error, by_time = [], []
+    for peer in peers:
+        level = max(errors[peer] * SLACK, ROUNDING)
+        fair = [key for key in mine if key != SEARCHED or "permutations" in peer]
+        best = min(fair, key=lambda key: errors[key])
+        by_error.append((max(errors[best], ROUNDING) / max(errors[peer], ROUNDING), f"{best}; {peer}"))
+        quick = min((key for key in fair if errors[key] <= level), key=lambda key: seconds[key], default=None)
+        if quick is None:
+            by_time.append((0.0, f"none of ours reaches the error of {peer}"))
+        else:
+            by_time.append((seconds[peer] / seconds[quick], f"{quick}; {peer}"))
+    (error, who), (time_ratio, whom) = max(by_error), min(by_time)
+    return [
+        *found,
+        Figure(f"{name} {n}: error over that of the best peer", error, SLACK, False, who),
+        Figure(f"{name} {n}: time of any peer over ours at its error", time_ratio, 1.0, True, whom),
+    ]
+
+
+def preset(n: int) -> Table:
+    """PALM4MSA in pyfaust's preset of Hadamard matrices, which takes minutes beyond a few hundred."""
+    W = hadamard(n)
+    mine = interleaved({"project": ours(W)["project"]}, 0.1, time.process_time, TURN)["project"]
+    seconds, found = once(lambda: palm4msa(W))
+    ratio, error = (seconds / mine, relative(W, found)) if found is not None else (math.nan, math.nan)
+    return Table(
+        f"Hadamard {n}: hierarchical PALM4MSA of pyfaust",
+        ("CPU time over ours", "its error", "our error"),
+        [[ratio, error, relative(W, ours(W)["project"]())]],
     )
 
 
-if __name__ == "__main__":
-    butterflies(1024)
-    two_factors(4096 if "--large" in sys.argv else 1024)
-    growth(1024, 8192 if "--large" in sys.argv else 2048)
+def growth(small: int, large: int) -> list[Figure]:
+    """Time of a large butterfly over that of a small one, real Gaussian."""
+
+    def projection(n: int) -> Any:
+        W = np.random.default_rng(0).standard_normal((n, n))
+        return lambda: sm.project(W, sm.Butterfly, radix=2)
+
+    first, second = projection(small), projection(large)
+    first()
+    times = {small: min(once(first)[0] for _ in range(9)), large: min(once(second)[0] for _ in range(2))}
+    target = 60.0 * (large / small / 8) ** 2
+    return [Figure(f"Butterfly {large} over {small}, real: time", times[large] / times[small], target)]
+
+
+# ---- two factors ---------------------------------------------------------------------------------------------------------
+
+
+def two_factors(n: int) -> Part:
+    """Monarch and Block Tensor-Train over one batched SVD: square blocks, and long ones where a Gram matrix will do."""
+    W = np.random.default_rng(0).standard_normal((n, n))
+    side = math.isqrt(n)
+    figures, rows = [], []
+    for family, counts in (
+        (sm.Monarch, (side, side)),
+        (sm.BlockTensorTrain, (side, side)),
+        (sm.Monarch, (n // 16, 16)),
+        (sm.BlockTensorTrain, (n // 16, 16)),
+        (sm.Monarch, (n // 4, 4)),
+    ):
+        blocks = np.ascontiguousarray(blocks_of(W, layout(W.shape, counts, family is sm.BlockTensorTrain)))
+        contenders = {
+            "svd": lambda b=blocks: np.linalg.svd(b, full_matrices=False),
+            "project": lambda f=family, c=counts: sm.project(W, f, blocks=c, rank=1),
+        }
+        times = {key: min(once(call)[0] for _ in range(2)) for key, call in contenders.items()}
+        s, p = np.linalg.svd(blocks, compute_uv=False), contenders["project"]()
+        optimum = math.sqrt(float(np.square(s[..., 1:]).sum()))
+        long = blocks.shape[3] >= 2 * blocks.shape[2]
+        label = f"{family.__name__} {n}, {counts[0]}x{counts[1]} blocks of {blocks.shape[2]}x{blocks.shape[3]}"
+        if long:
+            figures.append(
+                Figure(f"{label}: batched SVD over ours", times["svd"] / times["project"], 5.0, True, "Gram")
+            )
+        else:
+            figures.append(Figure(f"{label}: ours over batched SVD", times["project"] / times["svd"], 1.3))
+        rows.append([label, times["svd"] / times["project"], p.error / optimum - 1, times["project"]])
+    head = ("", "batched SVD over ours", "error over optimum - 1", "our CPU seconds")
+    return Part(figures, [Table("Two factors", head, rows, "Error, certificate and operator included on our side.")])

@@ -1,27 +1,23 @@
-"""Kronecker projection, sums of families and BLAST: seconds as ratios to one dense SVD of W, and errors.
-
-Run from the root: ``python -m bench.projection_kronecker [n]`` (default 1024; 4096 is the figure to reach, some minutes).
-"""
+"""Kronecker projection, sums of families and BLAST: time against one dense SVD of W, and errors."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from harness import Figure, Part, Table, dense_svd_seconds, once
 
 import structmat as sm
 from structmat.projection.kronecker import unfold
 
+OPTIMUM = 1024  # up to this size the optimum is computed, by the SVD of the rearranged matrix
 
-def once(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result of one call: the dense SVD of a large matrix is not repeated."""
-    start = time.perf_counter()
-    result = call()
-    return time.perf_counter() - start, result
+
+def run(quick: bool) -> Part:
+    small = kronecker(1024)
+    parts = [small] if quick else [small._replace(figures=[]), kronecker(4096)]
+    tables = [table for part in parts for table in part.tables]
+    return Part(parts[-1].figures, [*tables, sums(128 if quick else 256), blast(quick)])
 
 
 def targets(n: int) -> dict[str, np.ndarray]:
@@ -39,21 +35,25 @@ def targets(n: int) -> dict[str, np.ndarray]:
     }
 
 
-def kronecker(n: int) -> None:
-    """The nearest product of two square factors against the dense SVD of W and the SVD of the rearrangement."""
+def kronecker(n: int) -> Part:
+    """The nearest products of two square factors over the dense SVD of W, certificate included on our side."""
     root = math.isqrt(n)
     shapes = [(root, root), (root, root)]
-    print(f"nearest {root}x{root} (x) {root}x{root} of {n}x{n}: dense SVD of W / projection, certificate included")
+    dense = dense_svd_seconds(n)
+    figures, rows = [], []
     for name, W in targets(n).items():
-        seconds, _ = once(lambda W=W: np.linalg.svd(W, full_matrices=False))
-        s = np.linalg.svd(unfold(W, ((root, root), (root, root))), compute_uv=False)
         for terms in (1, 4):
-            optimum = math.sqrt(float((s[terms:] ** 2).sum()))
             taken, p = once(lambda W=W, terms=terms: sm.project(W, sm.Kronecker, shapes=shapes, terms=terms))
-            print(
-                f"  {name:22s} terms {terms}: {seconds / taken:6.1f}x   error / optimum - 1 = {p.error / optimum - 1:.1e}   "
-                f"1 - bound / optimum = {1 - p.lower_bound / optimum:.1e}   ({p.method})"
-            )
+            over = math.nan
+            if n <= OPTIMUM:
+                s = np.linalg.svd(unfold(W, ((root, root), (root, root))), compute_uv=False)
+                over = p.error / math.sqrt(float(np.square(s[terms:]).sum())) - 1
+            rows.append([f"{name}, terms {terms}", dense / taken, over, 1 - p.lower_bound / p.error, taken, p.method])
+            if terms == 1:
+                what = f"nearest {root}x{root} (x) {root}x{root} of {n}, {name}: dense SVD over ours"
+                figures.append(Figure(what, dense / taken, 20.0, True))
+    head = ("", "dense SVD over ours", "error over optimum - 1", "1 - bound over error", "our CPU seconds", "method")
+    return Part(figures, [Table(f"Kronecker, {n}x{n}", head, rows, f"Dense SVD: {dense:.1f} CPU seconds.")])
 
 
 def relative_tail(W: np.ndarray, params: int) -> float:
@@ -62,7 +62,7 @@ def relative_tail(W: np.ndarray, params: int) -> float:
     return math.sqrt(float((s[params // sum(W.shape) :] ** 2).sum() / (s**2).sum()))
 
 
-def sums(n: int = 256) -> None:
+def sums(n: int = 256) -> Table:
     """Sums of families: planted, under noise, and on a Gaussian, against low rank of as many parameters."""
     rng = np.random.default_rng(1)
     low = sm.LowRank.random((n, n), rank=8, rng=2).to_dense()
@@ -74,24 +74,22 @@ def sums(n: int = 256) -> None:
         "diagonal + low-rank": ([sm.Diagonal, rank8], sm.Diagonal.random(n, rng=3)),
         "Kronecker + low-rank": ([sm.Kronecker, rank8], sm.Kronecker.random((n, n), rng=3)),
     }
-    print(f"sums of families, {n}x{n}: relative error (low rank of as many parameters), seconds / dense SVD of W")
+    rows = []
     for name, (families, other) in cases.items():
         member = low + other.to_dense()
         noise = rng.standard_normal((n, n))
         noisy = member + 0.1 * np.linalg.norm(member) / np.linalg.norm(noise) * noise
-        cells = []
-        for W in (member, noisy, noise):
-            seconds, _ = once(lambda W=W: np.linalg.svd(W))
+        for kind, W in (("planted", member), ("planted + 10 % noise", noisy), ("Gaussian", noise)):
             taken, p = once(lambda W=W, families=families: sm.project(W, families))
-            cells.append(f"{p.relative_error:.2e} ({relative_tail(W, p.params):.3f}) {taken / seconds:5.0f}x")
-        print(f"  {name:24s} planted {cells[0]}   + 10 % noise {cells[1]}   Gaussian {cells[2]}")
+            rows.append([f"{name}, {kind}", taken / dense_svd_seconds(n), p.relative_error, relative_tail(W, p.params)])
+    head = ("", "ours over dense SVD, time", "relative error", "low rank, equal parameters")
+    return Table(f"Sums of families, {n}x{n}", head, rows)
 
 
-def blast() -> None:
+def blast(quick: bool) -> Table:
     """BLAST by alternating least squares and by L-BFGS from there, against low rank of as many parameters."""
-    print("BLAST, relative error: alternating least squares, then L-BFGS, low rank of as many parameters (seconds)")
-    rng = np.random.default_rng(4)
-    for n, blocks, rank in ((64, 8, 8), (128, 8, 16), (128, 8, 24), (256, 8, 40)):
+    rows, rng = [], np.random.default_rng(4)
+    for n, blocks, rank in ((64, 8, 8), (128, 8, 16), (128, 8, 24))[: 2 if quick else None]:
         patterns = sm.blast_patterns((n, n), blocks, rank)
         member = sm.Chain.random((n, n), patterns, rng=5).to_dense()
         for name, W in (("planted", member), ("Gaussian", rng.standard_normal((n, n)))):
@@ -99,19 +97,8 @@ def blast() -> None:
             second, q = once(
                 lambda W=W, patterns=patterns: sm.project(W, sm.Chain, patterns=patterns, method="gradient")
             )
-            print(
-                f"  n {n:3d} blocks {blocks} rank {rank:2d} {name:8s}: {p.relative_error:.2e} ({first:.2f})   "
-                f"{q.relative_error:.2e} ({second:.2f})   {relative_tail(W, p.params):.3f}"
-            )
-
-
-def main() -> None:
-    """Print everything."""
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 1024
-    kronecker(n)
-    sums()
-    blast()
-
-
-if __name__ == "__main__":
-    main()
+            label = f"n {n}, {blocks} blocks, rank {rank}, {name}"
+            tail = relative_tail(W, p.params)
+            rows.append([label, p.relative_error, q.relative_error, tail, first, second])
+    head = ("", "alternating least squares", "then L-BFGS", "low rank, equal parameters", "CPU s", "CPU s, L-BFGS")
+    return Table("BLAST, relative error", head, rows)

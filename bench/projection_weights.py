@@ -3,13 +3,10 @@
 Weight error is ``||W - A|| / ||W||``; output error is ``||(W - A) X|| / ||W X||`` for centred inputs, on the calibration text
 and on held-out text. The text is docstrings of installed packages, so that nothing is downloaded; the figures move in the
 third digit with their versions. CPU seconds are of the projections alone.
-
-    python bench/projection_weights.py --quick    # two layers
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib.util
 import os
@@ -17,14 +14,16 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+import scipy.linalg
+from harness import Figure, Part, Table
 from tqdm import tqdm
 
 import structmat as sm
@@ -32,6 +31,12 @@ import structmat as sm
 PACKAGES = ("numpy", "scipy", "torch")
 TOKENS = 64  # of a text, at most
 BATCH = 32
+FIRST = "layer.0.attention.output.dense"
+INTERPOLATIVE = "low-rank, interpolative"
+SVD_LLM = (
+    "SVD-LLM (arXiv 2403.07378): truncated SVD of W S, then S^-1, with the Cholesky factor S of the second moment, not centred "
+    "as published, or centred; written by us."
+)
 
 
 class Layer(NamedTuple):
@@ -49,7 +54,8 @@ class Contender(NamedTuple):
     name: str
     project: Callable[..., Any]
     most: float = 1.0  # of the dense parameters: more are dearer to apply than the dense matrix
-    slow: bool = False  # tens of minutes for all matrices: only if named, or with --quick
+    slow: bool = False  # tens of minutes for all matrices: aware for one of them alone
+    peer: bool = False  # aware only, and without a certificate
 
 
 def family(kind: type, **options: Any) -> Callable[..., Any]:
@@ -61,9 +67,41 @@ def family(kind: type, **options: Any) -> Callable[..., Any]:
     return project
 
 
+class Fit(NamedTuple):
+    """What a peer gives: an operator and its number of parameters."""
+
+    operator: np.ndarray
+    params: int
+
+
+def svd_llm(W: np.ndarray, budget: float, weight: sm.Moments, mean: bool = True, centred: bool = False) -> Fit:
+    """The closed form of SVD-LLM: Cholesky-whitened truncated SVD; a ridge is added only where Cholesky needs one."""
+    del mean  # the bias takes up the mean for every contender
+    m, n = W.shape
+    rank = int(budget * m * n) // (m + n)
+    C = np.array(weight.second_moment, dtype=np.float64)
+    if centred:
+        C -= np.multiply.outer(weight.mean, weight.mean)
+    S = cholesky(C)
+    u, s, vh = np.linalg.svd(W.astype(np.float64) @ S, full_matrices=False)
+    right = scipy.linalg.solve_triangular(S, (s[:rank, None] * vh[:rank]).T, trans="T", lower=True).T
+    return Fit(u[:, :rank] @ right, rank * (m + n))
+
+
+def cholesky(C: np.ndarray) -> np.ndarray:
+    ridge = 0.0
+    while True:
+        try:
+            return np.linalg.cholesky(C + ridge * np.trace(C) / len(C) * np.eye(len(C)))
+        except np.linalg.LinAlgError:
+            ridge = max(1e-12, 10 * ridge)
+
+
 CONTENDERS = (
     Contender("low-rank", family(sm.LowRank)),
-    Contender("low-rank, interpolative", family(sm.LowRank, interpolative=True)),
+    Contender("SVD-LLM (peer)", svd_llm, peer=True),
+    Contender("SVD-LLM, centred (peer)", partial(svd_llm, centred=True), peer=True),
+    Contender(INTERPOLATIVE, family(sm.LowRank, interpolative=True)),
     Contender("Monarch 4x4", family(sm.Monarch, blocks=4)),
     Contender("BTT 4x4", family(sm.BlockTensorTrain, blocks=4)),
     Contender("BTT 4x4, interpolative", family(sm.BlockTensorTrain, blocks=4, interpolative=True)),
@@ -73,28 +111,9 @@ CONTENDERS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="the attention output of layer 0 and the MLP output of layer 5"
-    )
-    parser.add_argument("--texts", type=int, help="calibration texts (default 512; 256 with --quick)")
-    parser.add_argument("--families", default="", help="comma-separated parts of names; default: all")
-    options = parser.parse_args()
-    wanted = [part.strip().lower() for part in options.families.split(",") if part.strip()]
-    contenders = [
-        c
-        for c in CONTENDERS
-        if (any(part in c.name.lower() for part in wanted) if wanted else options.quick or not c.slow)
-    ]
-    texts = options.texts or (256 if options.quick else 512)
-    with threadpool_limits(1):
-        layers = load_layers(texts, options.quick)
-        rows = measure(layers, contenders, (0.25, 0.5))
-    print(
-        f"{len(layers)} matrices; calibration {layers[0].seen.count} tokens, held-out {layers[0].held.count} tokens\n"
-    )
-    report(rows, len(layers))
+def run(quick: bool) -> Part:
+    layers = load_layers(64 if quick else 512, quick)
+    return report(measure(layers, CONTENDERS, (0.25, 0.5), quick), layers)
 
 
 class Row(NamedTuple):
@@ -110,10 +129,19 @@ class Row(NamedTuple):
     params: float
 
 
-def measure(layers: list[Layer], contenders: list[Contender], budgets: tuple[float, ...]) -> list[Row]:
+def measure(
+    layers: list[Layer], contenders: tuple[Contender, ...], budgets: tuple[float, ...], quick: bool
+) -> list[Row]:
     rows = []
     pairs = dict.fromkeys((c, min(b, c.most)) for c in contenders for b in budgets)
-    jobs = [(c, b, aware, layer) for c, b in pairs for aware in (False, True) for layer in layers]
+    jobs = [
+        (c, b, aware, layer)
+        for c, b in pairs
+        for aware in (False, True)
+        for layer in layers
+        if aware or not c.peer
+        if not (aware and c.slow) or (layer.name == FIRST and not quick)
+    ]
     for contender, budget, aware, layer in tqdm(jobs, desc="projecting", file=sys.stderr):
         weight = {"weight": layer.seen, "mean": True} if aware else {}
         started = time.process_time()
@@ -126,11 +154,11 @@ def measure(layers: list[Layer], contenders: list[Contender], budgets: tuple[flo
         seconds = time.process_time() - started
         difference = layer.weight - np.asarray(p.operator, dtype=np.float64)
         seen, held = (output_error(layer.weight, difference, moments) for moments in (layer.seen, layer.held))
-        if aware and not (abs(seen - p.relative_error) <= 1e-6 and p.lower_bound <= p.error):
+        if aware and not contender.peer and not (abs(seen - p.relative_error) <= 1e-6 and p.lower_bound <= p.error):
             raise SystemExit(
                 f"{contender.name}, {layer.name}: certificate {p.relative_error}, dense computation {seen}"
             )
-        bound = p.relative_error * p.lower_bound / p.error if aware and p.error else np.nan
+        bound = p.relative_error * p.lower_bound / p.error if aware and not contender.peer and p.error else np.nan
         plain = float(np.linalg.norm(difference) / np.linalg.norm(layer.weight))
         share = p.params / layer.weight.size
         rows.append(Row(contender.name, budget, aware, layer.name, plain, seen, held, bound, seconds, share))
@@ -144,31 +172,54 @@ def output_error(W: np.ndarray, difference: np.ndarray, moments: sm.Moments) -> 
     return float(np.sqrt(np.vdot(difference, difference @ C) / np.vdot(W, W @ C)))
 
 
-def report(rows: list[Row], count: int) -> None:
-    heads = f"{'weight err':>10} {'output err':>10} {'held-out':>9} {'best >=':>8} {'CPU s':>6}"
-    print(f"{'mean over the matrices':26} {'budget':>6} {'params':>6} {'':10} {heads}")
-    means: dict[tuple[str, float, bool], float] = {}
+def report(rows: list[Row], layers: list[Layer]) -> Part:
+    """Means over the matrices, and what the figures to reach make of them."""
+    table: list[list[Any]] = []
+    means: dict[tuple[str, float, bool], tuple[float, float]] = {}
     for key in dict.fromkeys((r.contender, r.budget, r.aware) for r in rows):
         part = [r for r in rows if (r.contender, r.budget, r.aware) == key]
-        weight, seen, held, share = (
-            np.mean([getattr(r, f) for r in part]) for f in ("weight_error", "seen", "held", "params")
+        weight, seen, held, bound, share = (
+            float(np.mean([getattr(r, f) for r in part])) for f in ("weight_error", "seen", "held", "bound", "params")
         )
-        bound, seconds = np.mean([r.bound for r in part]), sum(r.seconds for r in part)
-        means[key] = float(seen)
-        note = "" if len(part) == count else f"   ({len(part)} matrices: no member within the budget for the others)"
-        best = f"{bound:8.4f}" if key[2] else ""
-        print(
-            f"{key[0]:26} {key[1]:6.0%} {share:6.1%} {'aware' if key[2] else 'data-free':10} {weight:10.4f} {seen:10.4f} "
-            f"{held:9.4f} {best:>8} {seconds:6.1f}{note}"
-        )
-    print("\nattention output, layer 0, 50 %, aware, output error:")
-    for r in rows:
-        if r.layer == "layer.0.attention.output.dense" and r.budget == 0.5 and r.aware:
-            print(f"  {r.contender:26} {r.seen:.4f} (held-out {r.held:.4f})")
-    for budget in dict.fromkeys(r.budget for r in rows):
-        low, train = (means.get((name, budget, True)) for name in ("low-rank", "BTT 4x4"))
-        if low and train:
-            print(f"BTT 4x4 against low-rank, aware, {budget:.0%}: {train / low:.3f}x")
+        seconds = sum(r.seconds for r in part)
+        means[key] = seen, seconds
+        name, budget, aware = key
+        how = "aware" if aware else "data-free"
+        table.append([name, f"{budget:.0%}", f"{share:.1%}", how, weight, seen, held, bound, seconds, len(part)])
+    first = [r for r in rows if r.layer == FIRST and r.budget == 0.5 and r.aware]
+    single = {r.contender: r.seen for r in first}
+    count = len(layers)
+    figures = [
+        Figure(
+            "attention output, layer 0, 50 %, aware interpolative low-rank: output error", single[INTERPOLATIVE], 0.225
+        ),
+        Figure(
+            "the same over SVD-LLM's closed form, as published",
+            single[INTERPOLATIVE] / single["SVD-LLM (peer)"],
+            1.0,
+            note=f"SVD-LLM {single['SVD-LLM (peer)']:.4f}",
+        ),
+    ]
+    for budget in (0.25, 0.5):
+        train, seconds = means["BTT 4x4", budget, True]
+        ratio = train / means["low-rank", budget, True][0]
+        figures += [
+            Figure(f"BTT 4x4 over low-rank, aware, {budget:.0%}, mean output error of {count}", ratio, 1.08),
+            Figure(f"BTT 4x4, aware, {budget:.0%}: CPU seconds of {count} matrices", seconds, 15.0 * count / 36),
+        ]
+    head = ("", "budget", "params", "", "weight error", "output error", "held-out", "best >=", "CPU s", "matrices")
+    tokens = f"Calibration on {layers[0].seen.count} tokens, held-out {layers[0].held.count} tokens. {SVD_LLM}"
+    return Part(
+        figures,
+        [
+            Table(f"Real weights: means over {count} matrices of all-MiniLM-L6-v2", head, table, tokens),
+            Table(
+                "Attention output, layer 0, 50 %, aware",
+                ("", "output error", "held-out", "weight error"),
+                [[r.contender, r.seen, r.held, r.weight_error] for r in first],
+            ),
+        ],
+    )
 
 
 # ---- the model and its inputs --------------------------------------------------------------------------------------------
@@ -188,8 +239,8 @@ def load_layers(texts: int, quick: bool) -> list[Layer]:
     model = AutoModel.from_pretrained(path).eval()
     linears = {name: m for name, m in model.encoder.named_modules() if isinstance(m, torch.nn.Linear)}
     if quick:
-        linears = {name: linears[name] for name in ("layer.0.attention.output.dense", "layer.5.output.dense")}
-    found = paragraphs()
+        linears = {name: linears[name] for name in (FIRST, "layer.5.output.dense")}
+    found = paragraphs(PACKAGES[:1] if quick else PACKAGES)
     parts = found[:texts], found[texts : texts + max(64, texts // 4)]
     moments = [input_moments(model, tokenizer, linears, part) for part in parts]
     return [
@@ -238,10 +289,10 @@ def input_moments(model: Any, tokenizer: Any, linears: dict[str, Any], texts: li
     return sums
 
 
-def paragraphs() -> list[str]:
+def paragraphs(packages: Sequence[str]) -> list[str]:
     """Paragraphs of the docstrings of installed packages, shuffled."""
     found: dict[str, None] = {}
-    for package in PACKAGES:
+    for package in packages:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             continue
@@ -269,7 +320,3 @@ def docstrings(path: Path) -> Iterator[str]:
 
 def usable(text: str) -> bool:
     return 40 < len(text) < 600 and text[0].isalpha() and not re.search(r">>>|\.\. |---|==|::|\\", text)
-
-
-if __name__ == "__main__":
-    main()

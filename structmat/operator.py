@@ -249,7 +249,7 @@ class Operator:
         xp = arrays.namespace_of(self.kind or ("torch" if arrays.is_torch_dtype(self.dtype) else None))
         where = {} if self.kind in (None, "numpy") else {"device": self.device}
         eye = xp.eye(self.shape[-1], dtype=self.dtype, **where)
-        return self._matmat(xp.broadcast_to(eye, (*self.batch_shape, *eye.shape)) if self.batch_shape else eye)
+        return self._once(xp.broadcast_to(eye, (*self.batch_shape, *eye.shape)) if self.batch_shape else eye)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
@@ -331,7 +331,8 @@ class Operator:
 
     def rdot(self, x: Array) -> Array:
         """``x A`` for ``x`` of shape ``(m,)`` or ``(..., k, m)``, as ``x @ A``: no conjugation."""
-        x = arrays.operand(x, self, "matmul")
+        if not (type(x) is np.ndarray and x.dtype == self.dtype and self.kind == "numpy"):
+            x = arrays.operand(x, self, "matmul")
         m = self.shape[-2]
         if x.ndim == 0 or x.shape[-1] != m:
             raise _mismatch(x.shape, self.shape, x.shape[-1] if x.ndim else 0, m)
@@ -368,6 +369,10 @@ class Operator:
     def _vector(self, x: Array) -> Array:
         """``A x`` for one vector of shape ``(n,)``; returns ``(..., m)``."""
         return self._matmat(x[:, None])[..., 0]
+
+    def _once(self, x: Array) -> Array:
+        """``A x`` for an operand that comes once; returns ``(..., m, k)``."""
+        return self._matmat(x)
 
     def _vectors(self, x: Array) -> Array:
         """``A x`` for a stack of vectors ``(..., n)`` that broadcasts with the operator's batch."""

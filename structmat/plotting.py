@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from structmat import rules
-from structmat.projection.approximate import Approximations
+from structmat.projection.approximations import Approximations
 from structmat.projection.certificate import Projection
 
 FLOOR = 1e-16  # errors below are drawn here: a logarithmic axis has no zero

@@ -13,8 +13,9 @@ import scipy.linalg
 import torch
 
 import structmat as sm
-from structmat.projection import approximate as module
+from structmat.projection import search_blocks
 from structmat.projection.allocation import Rung, fill_up, greedy, lower_hull
+from structmat.projection.approximate import FAMILIES
 from structmat.projection.cost import Stage, chain_stages, cost, kronecker_stages, low_rank_stages
 from structmat.projection.members import KroneckerMember, LowRankMember, two_factor_members
 from structmat.projection.screening import decompose, draw, leading_energies, split
@@ -192,7 +193,7 @@ def test_sampled_screening_is_near_the_exact_one(monkeypatch):
     for W in matrices:
         sampled = sm.approximate(W, budget=0.2, families=[sm.Monarch, sm.BlockTensorTrain])
         with monkeypatch.context() as patch:
-            patch.setattr(module, "SMALL", W.size)
+            patch.setattr(search_blocks, "SMALL", W.size)
             exact = sm.approximate(W, budget=0.2, families=[sm.Monarch, sm.BlockTensorTrain])
         assert sampled.best.relative_error <= 1.01 * exact.best.relative_error
 
@@ -331,7 +332,7 @@ def test_every_entry_can_be_had_from_project():
 
 def test_families_can_be_chosen():
     W = gaussian((32, 32))
-    for family in module.FAMILIES:
+    for family in FAMILIES:
         found = sm.approximate(W, budget=0.6, families=[family])
         assert {e.family for e in found} == {family}
     both = sm.approximate(W, budget=0.5, families=[sm.LowRank, sm.BlockDiagonal])
@@ -366,8 +367,31 @@ def test_a_weight_ranks_by_the_error_of_the_outputs():
     plain = sm.approximate(W, budget=0.4, families=families).best
     assert found.best.error < np.linalg.norm((W - plain.operator.to_dense()) @ S)
     assert not found.curves
-    with pytest.raises(ValueError, match="weight"):
-        sm.approximate(W, tol=0.1, weight=C)
+
+
+@pytest.mark.parametrize("family", [None, *FAMILIES], ids=lambda f: "all" if f is None else f.__name__)
+def test_a_tolerance_is_met_in_the_norm_of_a_weight(family):
+    X = gaussian((24, 200), seed=1) * 0.6 ** np.arange(24)[:, None] + 0.05
+    W, C = gaussian((24, 24)), X @ X.T / 200
+    tol = 0.2 if family in (None, sm.LowRank, sm.Monarch, sm.BlockTensorTrain) else 0.75
+    found = sm.approximate(W, tol=tol, weight=C, families=family, allow_slower=True)
+    norm = math.sqrt(np.trace(W @ C @ W.T))
+    for entry in found:
+        E = W - entry.operator.to_dense()
+        assert entry.relative_error == pytest.approx(math.sqrt(np.trace(E @ C @ E.T)) / norm, abs=1e-7)
+        assert entry.relative_error <= tol
+        again = sm.project(W, entry.family, weight=C, **entry.options)
+        assert again.error == pytest.approx(entry.error, rel=1e-6, abs=1e-9)
+    assert [e.params for e in found] == sorted(e.params for e in found)
+    if family is None:
+        assert found.best.params < sm.approximate(W, tol=tol, allow_slower=True).best.params, "few inputs matter"
+
+
+def test_a_tolerance_in_the_norm_of_a_weight_that_nothing_meets():
+    W, C = gaussian((16, 16)), np.diag(np.arange(1.0, 17.0))
+    for families in (sm.LowRank, sm.BlockDiagonal, sm.Butterfly, [sm.Kronecker, sm.Monarch]):
+        with pytest.raises(ValueError, match=r"at most 1e-09; the best relative error reached is 0\.\d"):
+            sm.approximate(W, tol=1e-9, weight=C, families=families)
 
 
 def test_results_repeat_for_a_seed():
@@ -393,7 +417,7 @@ def test_table_and_plot():
     assert repr(found).startswith("<Approximations of 48x32")
     assert found[:2] == (found[0], found[1])
     for name, (counts, errors) in found.curves.items():
-        assert name in {f.__name__ for f in module.FAMILIES}
+        assert name in {f.__name__ for f in FAMILIES}
         assert np.all(np.diff(counts) > 0)
         assert np.all(np.diff(errors) < 0)
         assert counts.max() <= 460
@@ -476,7 +500,7 @@ def test_an_interrupted_run_leaves_nothing_behind(monkeypatch):
     W = gaussian((80, 80))
     kept, expected = W.copy(), sm.approximate(W, budget=0.3)
     calls = itertools.count()
-    real = module.screen
+    real = search_blocks.sampled
 
     def interrupted(*args, **options):
         if next(calls) == 20:
@@ -484,7 +508,7 @@ def test_an_interrupted_run_leaves_nothing_behind(monkeypatch):
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "screen", interrupted)
+        patch.setattr(search_blocks, "sampled", interrupted)
         with pytest.raises(KeyboardInterrupt):
             sm.approximate(W, budget=0.3, progress=True)
     assert np.array_equal(W, kept)

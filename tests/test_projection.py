@@ -18,9 +18,10 @@ import structmat as sm
 from structmat.algebra import Sum
 from structmat.patterns import Pattern
 from structmat.projection.certificate import Projection, frobenius
+from structmat.projection.drivers import svd
 from structmat.projection.hierarchical import sweep
 from structmat.projection.project import FAMILIES, project
-from structmat.projection.svd import gram_tail, left_svd, svd
+from structmat.projection.svd import gram_tail, left_svd
 
 DTYPES = [np.float32, np.float64, np.complex64, np.complex128]
 

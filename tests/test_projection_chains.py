@@ -625,10 +625,14 @@ def test_bad_options(family, options, error, message):
 # ---- size -----------------------------------------------------------------------------------------------------------
 
 
-def test_large_chains_are_checked_without_a_second_dense_matrix(monkeypatch):
-    W = gaussian((70, 300), True)
+@pytest.mark.parametrize("memory", ["C", "F"])
+@pytest.mark.parametrize("entries", [1, 700, 1 << 20])
+def test_large_chains_are_checked_without_a_second_dense_matrix(monkeypatch, entries, memory):
+    W = np.asarray(gaussian((70, 300), True), order=memory)
     expected = project(W, sm.Monarch)
     monkeypatch.setattr("structmat.projection.certificate._LARGE", 1)
+    monkeypatch.setattr("structmat.projection.certificate._SMALL", 1)
+    monkeypatch.setattr("structmat.projection.certificate._SLAB_ENTRIES", entries)
     options = [{}, {"permutation": np.random.default_rng(0).permutation(300)}, {"transposed": True}]
     options += [{"layout": at, "blocks": blocks} for at in LAYOUTS for blocks in (7, (11, 13))]
     cases = list(itertools.product((sm.Monarch, sm.BlockTensorTrain), options))

@@ -435,6 +435,26 @@ def test_interpolative_blocks_in_torch_and_refusals():
 # ---- CUR ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("tol", [0.3, 1e-3, 1e-9])
+def test_cur_takes_the_smallest_rank_that_meets_a_tolerance(tol, dtype):
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 30)).astype(dtype))[0] for n in (40, 30))
+    W = (U * np.exp(-np.arange(30.0))) @ V.conj().T
+    p = sm.project(W, sm.LowRank, tol=tol, method="cur")
+    rank = p.operator.rank
+    assert p.error == pytest.approx(np.linalg.norm(W - np.asarray(p.operator)), abs=1e-14)
+    assert p.relative_error <= tol
+    assert rank == 1 or sm.project(W, sm.LowRank, rank=rank - 1, method="cur").relative_error > tol
+    assert rank >= sm.project(W, sm.LowRank, tol=tol).operator.rank
+    assert p.lower_bound == pytest.approx(np.sqrt((np.exp(-np.arange(rank, 30.0)) ** 2).sum()), rel=1e-3, abs=1e-14)
+    rows, columns = p.indices
+    assert len(rows) == len(columns) == rank
+    assert np.array_equal(np.asarray(p.operator.left), W[:, columns])
+    with pytest.raises(ValueError, match="best relative error reachable"):
+        sm.project(rng.standard_normal((8, 8)).astype(np.float32), sm.LowRank, tol=1e-9, method="cur")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_cur_is_made_of_rows_and_columns_with_the_best_core(dtype):
     W = with_spectrum((40, 30), 0.6 ** np.arange(30), dtype)
@@ -467,8 +487,7 @@ def test_cur_is_made_of_rows_and_columns_with_the_best_core(dtype):
             ValueError,
             "method: expected one of auto, svd, randomized, cur; got 'magic'",
         ),
-        (sm.LowRank, {"method": "cur", "tol": 0.1}, ValueError, "method='cur' takes a rank or a budget"),
-        (sm.LowRank, {"method": "cur", "interpolative": True}, ValueError, "no interpolative"),
+        (sm.LowRank, {"method": "cur", "interpolative": True}, ValueError, "tolerance and no interpolative"),
         (sm.LowRank, {"interpolative": 1}, TypeError, "interpolative: expected True or False, got int"),
         (sm.Kronecker, {"interpolative": True}, TypeError, "Kronecker has no such option"),
         (sm.LowRank, {"rank": 2, "tol": 0.1, "method": "randomized"}, ValueError, "rank and tol"),
@@ -478,3 +497,19 @@ def test_cur_is_made_of_rows_and_columns_with_the_best_core(dtype):
 def test_options_that_do_not_fit_are_named(family, options, error, message):
     with pytest.raises(error, match=message):
         sm.project(gaussian((8, 8)), family, **options)
+
+
+@pytest.mark.parametrize("options", [{"method": "randomized", "rank": 3}, {"method": "randomized", "tol": 0.5}])
+def test_a_driver_that_does_not_converge_is_followed_by_the_other(options, monkeypatch):
+    W = np.random.default_rng(0).standard_normal((60, 50))
+    expected = sm.project(W, sm.LowRank, **options)
+
+    def fails(*args, **kwargs):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(np.linalg, "svd", fails)
+    found = sm.project(W, sm.LowRank, **options)
+    assert found.error == pytest.approx(expected.error, rel=1e-9)
+    monkeypatch.setattr(scipy.linalg, "svd", fails)
+    with pytest.raises(np.linalg.LinAlgError, match="converged neither with gesdd nor with gesvd"):
+        sm.project(W, sm.LowRank, **options)

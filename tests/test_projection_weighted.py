@@ -12,11 +12,11 @@ import scipy.optimize
 
 import structmat as sm
 from structmat.patterns import Pattern
+from structmat.projection.links import multiplied_out
 from structmat.projection.moments import Moments
 from structmat.projection.two_factor import Layout, Place
 from structmat.projection.weight import RIDGE, Metric, Weight
 from structmat.projection.weighted_chain import descend as descend_chain
-from structmat.projection.weighted_chain import expand
 from structmat.projection.weighted_classes import Classes
 from structmat.projection.weighted_kronecker import Unfolded, alternate
 from structmat.projection.weighted_two_factor import fit
@@ -313,7 +313,7 @@ def test_gradient_of_a_chain_is_right(dtype):
     target = np.asarray(member)
     factors, steps = descend_chain(target, start, C)
     assert steps > 2
-    before, after = (np.linalg.norm(target - expand(f, (8, 8))) for f in (start, factors))
+    before, after = (np.linalg.norm(target - multiplied_out(f, (8, 8))) for f in (start, factors))
     assert after <= 1e-2 * before
 
 

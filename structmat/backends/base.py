@@ -59,6 +59,10 @@ class Plan(Protocol):
         """``out += A x`` (or ``x A^T``) in one pass; ``False``, and nothing done, where there is no kernel for it."""
         ...
 
+    def once(self, x: Array) -> Array:
+        """``A x`` for an operand that comes once (the identity): nothing is prepared that only later calls would use."""
+        ...
+
     def explain(self, k: int, rows: bool = False) -> Explanation:
         """The kernel for ``k`` columns (or rows)."""
         ...
@@ -96,6 +100,10 @@ class LibraryPlan:
     def vector(self, x: Array) -> Array:
         """``A x`` for one vector ``x`` of shape ``(n,)``."""
         return self.columns(x[:, None])[..., 0]
+
+    def once(self, x: Array) -> Array:
+        """``A x``, as always."""
+        return self.columns(x)
 
     def add(self, x: Array, out: Array, rows: bool = False) -> bool:  # noqa: ARG002
         """Library calls make results of their own."""

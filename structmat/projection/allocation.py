@@ -11,10 +11,11 @@ import numpy as np
 
 from structmat.operator import Operator
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import singular_values
 from structmat.projection.members import LowRankMember, Member, two_factor_members
 from structmat.projection.progress import bar
 from structmat.projection.selection import Ladder, parameter_limit
-from structmat.projection.svd import singular_values, tails
+from structmat.projection.svd import tails
 from structmat.projection.target import read, safe_scale
 from structmat.structures.block_tensor_train import BlockTensorTrain
 from structmat.structures.dense import Dense

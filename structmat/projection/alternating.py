@@ -21,6 +21,7 @@ from structmat.projection.links import (
     right_view,
     split_view,
 )
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.svd import truncated
 
 SWEEPS = 50  # at most, where the caller asks for convergence
@@ -32,6 +33,7 @@ def alternate(
     factors: Sequence[np.ndarray],
     patterns: Sequence[Pattern],
     sweeps: int | bool = True,
+    advance: Advance = quiet,
 ) -> tuple[list[np.ndarray], list[float]]:
     """Improve a chain by two-site alternating least squares in orthogonal gauge; the error never grows.
 
@@ -50,6 +52,8 @@ def alternate(
         The patterns of the factors.
     sweeps
         Number of sweeps there and back. ``True``: until one gains less than ``1e-5`` of the error, at most 50.
+    advance
+        Moves a progress bar by one for every sweep.
 
     Returns
     -------
@@ -69,6 +73,7 @@ def alternate(
         return best, errors
     limit = SWEEPS if sweeps is True else int(sweeps)
     for _ in range(limit):
+        advance(1, 1)
         site.there()
         site.back()
         error = frobenius(whole - expand(site.factors, patterns))

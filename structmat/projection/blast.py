@@ -10,8 +10,11 @@ import numpy as np
 
 from structmat.patterns import Pattern
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import svd
+from structmat.projection.progress import Advance, quiet
+from structmat.projection.randomized import normal
 from structmat.projection.selection import Request, Solution
-from structmat.projection.svd import safe_bound, svd, truncated
+from structmat.projection.svd import safe_bound, truncated
 from structmat.structures.chain import Chain, ceil_div, check_size, split_counts
 
 SWEEPS = 500
@@ -110,7 +113,7 @@ def project_blast(target: np.ndarray, request: Request) -> Solution:
         blocks = padded.reshape(b1, p, b2, q).transpose(0, 2, 1, 3)
     blocks = np.ascontiguousarray(blocks)
     rng = np.random.default_rng(0 if request.rng is None else request.rng)
-    parts = blast(blocks, r, rng)
+    parts = blast(blocks, r, rng, request.advance)
     axis = 0 if mirror else 1
     factors = (
         np.expand_dims(parts.left, axis),
@@ -126,7 +129,7 @@ def project_blast(target: np.ndarray, request: Request) -> Solution:
     return Solution(Chain(factors, (m, n)), bound, "alternating least squares, block by block")
 
 
-def blast(blocks: np.ndarray, rank: int, rng: np.random.Generator) -> Parts:
+def blast(blocks: np.ndarray, rank: int, rng: np.random.Generator, advance: Advance = quiet) -> Parts:
     """``left[i] diag(middle[i, j]) right[j]`` near the blocks ``(b1, b2, p, q)``: a local optimum.
 
     Each of the three is the solution of small linear least-squares problems when the others are held (one of ``r`` unknowns
@@ -145,17 +148,18 @@ def blast(blocks: np.ndarray, rank: int, rng: np.random.Generator) -> Parts:
         return Parts(*(np.zeros(size, blocks.dtype) for size in kinds))
     trials = []
     for start in starts(blocks, rank, rng):
-        trials.append(sweeps(blocks, start, _TRIAL, norm))
+        trials.append(sweeps(blocks, start, _TRIAL, norm, advance))
         if trials[-1][1] <= 1e-12 * norm:
             break
     parts, error = min(trials, key=lambda trial: trial[1])
-    return sweeps(blocks, parts, SWEEPS, norm)[0] if error > 8 * _EPS * norm else parts
+    return sweeps(blocks, parts, SWEEPS, norm, advance)[0] if error > 8 * _EPS * norm else parts
 
 
-def sweeps(blocks: np.ndarray, parts: Parts, count: int, norm: float) -> tuple[Parts, float]:
+def sweeps(blocks: np.ndarray, parts: Parts, count: int, norm: float, advance: Advance = quiet) -> tuple[Parts, float]:
     """Parts after the last sweep that gained, and their error."""
     best, error = parts, residual(blocks, parts)
     for _ in range(count):
+        advance(1, 1)
         parts = normalised(sweep(blocks, parts))
         now = residual(blocks, parts)
         if not now < error:
@@ -225,13 +229,13 @@ def starts(blocks: np.ndarray, rank: int, rng: np.random.Generator) -> Iterator[
     ones = np.ones((b1, b2, rank), blocks.dtype)
     scale = 1e-3  # components that the SVD left at zero, or all alike, would never move apart
     spread = scale * frobenius(whole.y) / math.sqrt(whole.y.size)
-    left = whole.u.reshape(b1, p, rank) + scale / math.sqrt(b1 * p) * _normal((b1, p, rank), blocks.dtype, rng)
-    right = whole.y.reshape(rank, b2, q).transpose(1, 0, 2) + spread * _normal((b2, rank, q), blocks.dtype, rng)
+    left = whole.u.reshape(b1, p, rank) + scale / math.sqrt(b1 * p) * normal((b1, p, rank), blocks.dtype, rng)
+    right = whole.y.reshape(rank, b2, q).transpose(1, 0, 2) + spread * normal((b2, rank, q), blocks.dtype, rng)
     yield Parts(whole.u.reshape(b1, p, rank), ones, whole.y.reshape(rank, b2, q).transpose(1, 0, 2))
-    yield Parts(left, ones + scale * _normal(ones.shape, blocks.dtype, rng), right)
+    yield Parts(left, ones + scale * normal(ones.shape, blocks.dtype, rng), right)
     yield _with_middle(blocks, *_bases(blocks, rank, rng))
     for _ in range(RANDOM_STARTS):
-        left, right = _normal((b1, p, rank), blocks.dtype, rng), _normal((b2, rank, q), blocks.dtype, rng)
+        left, right = normal((b1, p, rank), blocks.dtype, rng), normal((b2, rank, q), blocks.dtype, rng)
         yield _with_middle(blocks, left, right)
 
 
@@ -240,8 +244,8 @@ def _bases(blocks: np.ndarray, rank: int, rng: np.random.Generator) -> tuple[np.
     b1, b2, p, q = blocks.shape
     left = svd(blocks.transpose(0, 2, 1, 3).reshape(b1, p, b2 * q))[0][..., :rank]
     right = svd(blocks.transpose(1, 0, 2, 3).reshape(b2, b1 * p, q))[2][..., :rank, :]
-    more = _normal((b1, p, rank - left.shape[-1]), blocks.dtype, rng) / math.sqrt(p)
-    below = _normal((b2, rank - right.shape[-2], q), blocks.dtype, rng) / math.sqrt(q)
+    more = normal((b1, p, rank - left.shape[-1]), blocks.dtype, rng) / math.sqrt(p)
+    below = normal((b2, rank - right.shape[-2], q), blocks.dtype, rng) / math.sqrt(q)
     return np.concatenate((left, more), -1), np.concatenate((right, below), -2)
 
 
@@ -280,8 +284,3 @@ def diagonalised(blocks: np.ndarray, rank: int, rng: np.random.Generator) -> Par
 
 def _adjoint(x: np.ndarray) -> np.ndarray:
     return x.conj().swapaxes(-1, -2)
-
-
-def _normal(shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    x = rng.standard_normal(shape)
-    return x + 1j * rng.standard_normal(shape) if dtype.kind == "c" else x

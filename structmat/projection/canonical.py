@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from structmat.projection.certificate import frobenius
-from structmat.projection.svd import svd
+from structmat.projection.drivers import svd
+from structmat.projection.progress import Advance, quiet
 
 _SWEEPS = 500
 _TRIAL = 10  # sweeps after which the starts are compared
@@ -16,7 +17,7 @@ _STALLED = 1e-9  # relative decrease of the error at which the sweeps end
 _EPS = float(np.finfo(np.float64).eps)
 
 
-def canonical(tensor: np.ndarray, rank: int, rng: np.random.Generator) -> list[np.ndarray]:
+def canonical(tensor: np.ndarray, rank: int, rng: np.random.Generator, advance: Advance = quiet) -> list[np.ndarray]:
     """Factors ``(size_i, rank)`` with ``tensor ~ sum_t F_1[:, t] o F_2[:, t] o ...``: a local optimum.
 
     Alternating least squares (Carroll and Chang; Harshman, 1970): every factor is the best for the others, so that the error
@@ -34,6 +35,8 @@ def canonical(tensor: np.ndarray, rank: int, rng: np.random.Generator) -> list[n
         Number of outer products.
     rng
         For the random slices and the random start.
+    advance
+        Moves a progress bar by one for every sweep.
 
     Returns
     -------
@@ -56,18 +59,21 @@ def canonical(tensor: np.ndarray, rank: int, rng: np.random.Generator) -> list[n
     norm = frobenius(tensor)
     if norm == 0.0:
         return [np.zeros((size, rank), tensor.dtype) for size in tensor.shape]
-    trials = [_sweeps(tensor, start, _TRIAL, norm) for start in _starts(tensor, rank, rng)]
+    trials = [_sweeps(tensor, start, _TRIAL, norm, advance) for start in _starts(tensor, rank, rng)]
     factors, error = min(trials, key=lambda trial: trial[1])
     if error > 4 * _EPS * norm:
-        factors, error = _sweeps(tensor, factors, _SWEEPS, norm)
+        factors, error = _sweeps(tensor, factors, _SWEEPS, norm, advance)
     return _balance(factors)
 
 
-def _sweeps(tensor: np.ndarray, factors: list[np.ndarray], count: int, norm: float) -> tuple[list[np.ndarray], float]:
+def _sweeps(
+    tensor: np.ndarray, factors: list[np.ndarray], count: int, norm: float, advance: Advance
+) -> tuple[list[np.ndarray], float]:
     """Factors after the last sweep that gained, and their error."""
     best, error = factors, math.inf
     factors = list(factors)
     for _ in range(count):
+        advance(1, 1)
         for axis in range(tensor.ndim):
             others = [f for i, f in enumerate(factors) if i != axis]
             gram = np.ones((factors[0].shape[1],) * 2, tensor.dtype)

@@ -12,12 +12,14 @@ from structmat import arrays
 from structmat.algebra import Product
 from structmat.arrays import Array
 from structmat.operator import Operator
-from structmat.patterns import AxisOrder, Pattern
-from structmat.projection.links import column_blocks, pair_of
+from structmat.projection.links import multiplied_out, pair_of, row_slabs
 from structmat.structures.chain import Chain
 
+_SMALL = 1 << 16  # entries below which nothing is quicker than the dense matrix
+_LARGE = 1 << 22  # entries from which no second dense matrix is held
 _SLAB = 128  # columns of a large chain that are multiplied out at a time
-_LARGE = 1 << 22  # entries from which that is done
+_RUN = 4096  # entries of one dot product: too short for BLAS to start threads, which cost more than they save
+_SLAB_ENTRIES = 1 << 16  # entries of a pair of factors that are multiplied out at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -100,14 +102,19 @@ def certify(
 
 
 def distance(operator: Operator, target: np.ndarray) -> float:
-    """``||W - A||_F`` by subtraction; for a large chain some columns at a time, so that no second dense matrix is held."""
+    """``||W - A||_F`` by subtraction, without a second dense matrix where it is large.
+
+    A chainable chain is as cheap as reading the matrix: both halves are multiplied out, and their pair some rows at a time.
+    """
     exact = _exact(operator)
-    if target.size < _LARGE or not isinstance(exact, (Chain, Product)):
+    if target.size < _SMALL or not isinstance(exact, (Chain, Product)):
         return frobenius(target - arrays.convert(exact.to_dense(), "numpy"))
     host, total, n = exact.to("numpy"), 0.0, target.shape[1]
     found = _distance_of_pair(host, target) if isinstance(host, Chain) else None
     if found is not None:
         return found
+    if target.size < _LARGE:
+        return frobenius(target - arrays.convert(exact.to_dense(), "numpy"))
     for start in range(0, n, _SLAB):
         width = min(_SLAB, n - start)
         columns = np.zeros((n, width))
@@ -117,37 +124,51 @@ def distance(operator: Operator, target: np.ndarray) -> float:
 
 
 def _distance_of_pair(chain: Chain, target: np.ndarray) -> float | None:
-    """The distance of a dense chainable chain, as cheap as reading the matrix: both halves multiplied out, then their pair.
-
-    ``None`` for a chain that is not of this kind.
-    """
+    """The distance of a dense chainable chain, some rows at a time; ``None`` for a chain that is not of this kind."""
     halves = pair_of(chain.factors, chain.patterns)
     if halves is None:
         return None
-    (m, n), (left, right) = target.shape, (Pattern(f.shape[0], f.shape[2], f.shape[3], f.shape[1]) for f in halves)
-    turned = chain.out_order is not None and chain.out_order == AxisOrder((left.b, left.d), (1, 0))
-    rows = None if turned or chain.out_order is None else chain.out_order.permutation()[:m]
-    places = np.arange(right.cols) if chain.in_order is None else chain.in_order.permutation()
-    total, start = 0.0, 0
-    for blocks in column_blocks(halves, (left, right)):
-        width = blocks.shape[-1]
-        columns = (blocks if turned else blocks.swapaxes(0, 1)).reshape(-1, width)
-        columns = columns[:m] if rows is None else columns[rows]
-        at = places[start : start + width]
-        start += width
-        if chain.in_order is None:
-            rest = target[:, at[0] : at[0] + width]
-            rest = rest - columns[:, : rest.shape[1]]
+    rows = None if chain.out_order is None else chain.out_order.T.permutation()  # of W, for each row of the chain
+    cols = None if chain.in_order is None else chain.in_order.permutation()
+    turned = target.flags.f_contiguous and not target.flags.c_contiguous
+    if turned:  # rows are runs of memory
+        target, rows, cols = target.T, cols, rows
+    m, n = target.shape
+    kept: slice | np.ndarray = slice(0, n)  # the columns of the chain that are no padding
+    if cols is not None and cols.size > n:
+        kept = np.flatnonzero(cols < n)
+        cols = cols[kept]
+    total = 0.0
+    for at, slab in row_slabs(halves, _SLAB_ENTRIES, turned):
+        picked = at if rows is None else rows[at]
+        if isinstance(picked, slice):
+            rest = target[picked]
+            slab = slab[: len(rest)]
         else:
-            inside = at < n  # the others are padding
-            rest = target[:, at[inside]] - columns[:, inside]
-        total = math.hypot(total, frobenius(rest))
+            inside = picked < m
+            rest, slab = target[picked[inside]], slab if inside.all() else slab[inside]
+        rest = rest if cols is None else rest[:, cols]
+        total = math.hypot(total, frobenius(rest - slab[:, kept]))
     return total
 
 
 def dense(operator: Operator) -> np.ndarray:
     """The dense matrix of the stored values, multiplied out in double precision on the CPU."""
-    return arrays.convert(_exact(operator).to_dense(), "numpy")
+    exact = _exact(operator)
+    if isinstance(exact, Chain) and exact.shape[0] * exact.shape[1] < _SMALL:
+        return _dense_of_small(exact)
+    return arrays.convert(exact.to_dense(), "numpy")
+
+
+def _dense_of_small(chain: Chain) -> np.ndarray:
+    """A chain multiplied out without a plan, which costs more than it saves where it is used once."""
+    rows, cols = chain.patterns[0].rows, chain.patterns[-1].cols
+    whole = multiplied_out([arrays.convert(f, "numpy") for f in chain.factors], (rows, cols))
+    if chain.out_order is not None:
+        whole = whole[chain.out_order.permutation()]
+    if chain.in_order is not None:
+        whole = whole[:, chain.in_order.T.permutation()]
+    return whole[: chain.shape[0], : chain.shape[1]]
 
 
 def _exact(operator: Operator) -> Operator:
@@ -157,8 +178,13 @@ def _exact(operator: Operator) -> Operator:
 
 def frobenius(x: np.ndarray) -> float:
     """Frobenius norm, also where the squares of the entries would under- or overflow."""
+    parts = x.ravel(order="K")
+    if np.iscomplexobj(parts):
+        parts = parts.view(np.finfo(parts.dtype).dtype)  # one pass instead of two strided ones
     with np.errstate(over="ignore", under="ignore"):
-        norm = float(np.linalg.norm(x))
+        runs = parts[: parts.size // _RUN * _RUN].reshape(-1, _RUN)
+        rest = parts[runs.size :]
+        norm = math.sqrt(float(np.vecdot(runs, runs).sum() + np.vecdot(rest, rest)))
     if 1e-140 < norm < math.inf:
         return norm
     largest = float(np.max(np.abs(x), initial=0.0))

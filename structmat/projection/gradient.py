@@ -12,6 +12,8 @@ from structmat.patterns import Pattern
 from structmat.projection.blast import is_blast, mirrored, project_blast
 from structmat.projection.certificate import dense, frobenius
 from structmat.projection.hierarchical import balance, project_chain
+from structmat.projection.links import apply, multiplied_out
+from structmat.projection.progress import Advance
 from structmat.projection.selection import Request, Solution
 from structmat.projection.svd import safe_bound, truncated
 from structmat.structures.chain import Chain
@@ -90,15 +92,15 @@ def gradient(target: np.ndarray, patterns: Sequence[Pattern], request: Request, 
     if start is not None:
         factors = [np.asarray(f) for f in start.operator.factors]  # pyright: ignore[reportAttributeAccessIssue]
         first = [f.astype(target.dtype) / norm ** (1 / len(factors)) for f in factors]
-        best = _minimise(unit, first, ITERATIONS)
-        if frobenius(unit - expand(best, (m, n))) >= frobenius(unit - dense(start.operator) / norm):
+        best = _minimise(unit, first, ITERATIONS, request.advance)
+        if frobenius(unit - multiplied_out(best, (m, n))) >= frobenius(unit - dense(start.operator) / norm):
             best = first
         lower = max(lower, start.lower_bound)
     else:
         rng = np.random.default_rng(0 if request.rng is None else request.rng)
-        trials = [_minimise(unit, _random(patterns, unit, rng), _TRIAL) for _ in range(RANDOM_STARTS)]
-        best = min(trials, key=lambda factors: frobenius(unit - expand(factors, (m, n))))
-        best = _minimise(unit, best, ITERATIONS)
+        trials = [_minimise(unit, _random(patterns, unit, rng), _TRIAL, request.advance) for _ in range(RANDOM_STARTS)]
+        best = min(trials, key=lambda factors: frobenius(unit - multiplied_out(factors, (m, n))))
+        best = _minimise(unit, best, ITERATIONS, request.advance)
     scaled = balance([f * norm ** (1 / len(best)) for f in best])
     return Solution(Chain(scaled, (m, n)), lower, "L-BFGS on all factors")
 
@@ -110,7 +112,7 @@ def outside(target: np.ndarray, patterns: Sequence[Pattern]) -> float:
     """
     m, n = target.shape
     ones = [np.ones((p.a, p.d, p.b, p.c)) / p.c for p in patterns]
-    unreached = frobenius(target[expand(ones, (m, n)) == 0.0])
+    unreached = frobenius(target[multiplied_out(ones, (m, n)) == 0.0])
     inner = min((p.cols for p in patterns[:-1]), default=min(m, n))
     if inner >= min(m, n):
         return unreached
@@ -118,26 +120,14 @@ def outside(target: np.ndarray, patterns: Sequence[Pattern]) -> float:
     return max(unreached, safe_bound(tail, frobenius(target), max(m, n)))
 
 
-def expand(factors: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """The product of the factors, cut to a shape."""
-    return _products(factors, shape)[0][: shape[0]]
-
-
 def _products(factors: Sequence[np.ndarray], shape: tuple[int, int]) -> list[np.ndarray]:
     """``K_l ... K_L`` for every ``l``, and the identity: ``n`` columns each."""
     cols = factors[-1].shape[0] * factors[-1].shape[1] * factors[-1].shape[3]
     eye = np.eye(cols, shape[1], dtype=factors[-1].dtype)
-    return list(accumulate(reversed(factors), lambda x, f: _apply(f, x), initial=eye))[::-1]
+    return list(accumulate(reversed(factors), lambda x, f: apply(f, x), initial=eye))[::-1]
 
 
-def _apply(blocks: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """``K x`` for blocks ``(a, d, b, c)`` and ``x`` of shape ``(a*c*d, k)``."""
-    a, d, b, c = blocks.shape
-    y = blocks @ x.reshape(a, c, d, -1).transpose(0, 2, 1, 3)
-    return y.transpose(0, 2, 1, 3).reshape(a * b * d, -1)
-
-
-def _minimise(unit: np.ndarray, factors: Sequence[np.ndarray], iterations: int) -> list[np.ndarray]:
+def _minimise(unit: np.ndarray, factors: Sequence[np.ndarray], iterations: int, advance: Advance) -> list[np.ndarray]:
     """Factors of a smaller squared error: the line search accepts nothing else."""
     from scipy.optimize import minimize
 
@@ -161,12 +151,12 @@ def _minimise(unit: np.ndarray, factors: Sequence[np.ndarray], iterations: int) 
             out = error.reshape(a, b, d, -1).transpose(0, 2, 1, 3)
             into = z.reshape(a, c, d, -1).transpose(0, 2, 3, 1)
             slopes.append((out @ into.conj()).ravel())
-            error = _apply(f.conj().swapaxes(-1, -2), error)
+            error = apply(f.conj().swapaxes(-1, -2), error)
         return squared, 2.0 * np.concatenate(slopes).view(np.float64)
 
     x = np.concatenate([np.ascontiguousarray(f, dtype).ravel() for f in factors]).view(np.float64)
     options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 20, "ftol": _STALLED, "gtol": 1e-14}
-    found = minimize(value, x, jac=True, method="L-BFGS-B", options=options)
+    found = minimize(value, x, jac=True, method="L-BFGS-B", options=options, callback=lambda _: advance(1, 1))
     return [part.copy() for part in split(found.x)]
 
 
@@ -176,5 +166,5 @@ def _random(patterns: Sequence[Pattern], unit: np.ndarray, rng: np.random.Genera
     for p in patterns:
         x = rng.standard_normal((p.a, p.d, p.b, p.c))
         factors.append((x + 1j * rng.standard_normal(x.shape) if unit.dtype.kind == "c" else x).astype(unit.dtype))
-    size = frobenius(expand(factors, (unit.shape[0], unit.shape[1])))
+    size = frobenius(multiplied_out(factors, (unit.shape[0], unit.shape[1])))
     return [f * (1.0 / size) ** (1 / len(factors)) for f in factors] if size else factors

@@ -13,6 +13,7 @@ import numpy as np
 from structmat.patterns import AxisOrder, Pattern, compose
 from structmat.projection.alternating import alternate
 from structmat.projection.certificate import frobenius
+from structmat.projection.chain_bounds import inner_bound
 from structmat.projection.links import (
     adjoint,
     expand,
@@ -25,9 +26,10 @@ from structmat.projection.links import (
     split_view,
 )
 from structmat.projection.permutation import digit_orders, reorder
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Request, Solution, allowed_error, infeasible, unreachable
 from structmat.projection.support import restrict
-from structmat.projection.svd import GRAM_SIDE, fill, gram_tail, safe_bound, truncated
+from structmat.projection.svd import fill, safe_bound, truncated
 from structmat.structures.block_tensor_train import (
     BlockTensorTrain,
     balanced_radices,
@@ -39,7 +41,8 @@ from structmat.structures.butterfly import Butterfly, butterfly_patterns
 from structmat.structures.chain import Chain
 
 _ROUNDING = 1e-13  # relative error below which neither a better lower bound nor a better chain says anything
-_LARGE = 1 << 24  # entries from which not every split is looked at for the lower bound
+_LARGE = 1 << 22  # entries from which some rows at a time go through several cuts
+_SLAB = 1 << 18  # their entries, which stay in a cache
 ORDERS = ("left-to-right", "right-to-left", "balanced")
 
 
@@ -103,7 +106,7 @@ def sweep(
         error = math.hypot(frobenius(whole - expand(factors, fused)), outside)
     bound = safe_bound(math.sqrt(max(0.0, first)), norm, max(target.shape))
     if bounds and error > _ROUNDING * norm:
-        bound = max([bound, *inner_bounds(whole, fused, cuts[:1])])
+        bound = max(bound, inner_bound(whole, fused, cuts[:1]))
     if len(factors) == 1 and np.shares_memory(factors[0], target):
         factors = [np.array(factors[0])]
     parts = [part for link, f in zip(links, factors, strict=True) for part in unfused(link, f)]
@@ -120,10 +123,11 @@ def hierarchical(
     The parts left of the one that carries the norm have orthonormal columns in every block and those right of it
     orthonormal rows; QR factorizations move the norm to the part that is split next.
     """
-    table = products(patterns)
-    spans, parts = [(0, len(patterns) - 1)], [whole]
-    centre, discarded, first = 0, 0.0, 0.0
-    for i, cut in enumerate(cuts):
+    table, last = products(patterns), len(patterns) - 1
+    parts, discarded, first = _peel(whole, patterns, cuts)
+    done = centre = len(parts) - 1
+    spans = [*((i, i) for i in range(done)), (done, last)]
+    for i, cut in enumerate(cuts[done:], done):
         k = next(j for j, (low, high) in enumerate(spans) if low <= cut < high)
         while centre != k:
             centre = _move(parts, [table[s] for s in spans], centre, 1 if k > centre else -1)
@@ -142,6 +146,38 @@ def hierarchical(
         discarded += found.discarded
         first = first if i else found.bound
     return parts, discarded, first
+
+
+def _peel(whole: np.ndarray, patterns: Sequence[Pattern], cuts: Sequence[int]) -> tuple[list[np.ndarray], float, float]:
+    """The first factors of a large matrix that is cut from the left, and what is left of it; ``[whole]`` for others.
+
+    Rows of equal residue modulo the ``d`` of a factor meet no others in this factor and those before it: a slab of such classes
+    goes through all these cuts before the next one is read. No intermediate result is as large as half the matrix, whose
+    memory would cost more than the arithmetic.
+    """
+    a, d, rows, cols = whole.shape
+    ahead = next((i for i, cut in enumerate(cuts) if cut != i), len(cuts))
+    deep = [t for t in range(2, ahead + 1) if whole.size // (patterns[t - 1].d // d) <= _SLAB]
+    if whole.size < _LARGE or whole.size <= _SLAB or not deep:
+        return [whole], 0.0, 0.0
+    head, rest = patterns[: deep[-1]], reduce(Pattern.product, patterns[deep[-1] :])
+    classes = head[-1].d // d
+    width, rank = max(1, _SLAB * classes // whole.size), rest.b // classes
+    parts = [np.empty((p.a, p.d // (classes * d), classes, d, p.b, p.c), whole.dtype) for p in head]
+    left = np.empty((rest.a, d, rank, classes, rest.c), whole.dtype)
+    grouped, discarded, first = whole.reshape(a, d, rows // classes, classes, cols), 0.0, 0.0
+    for start in range(0, classes, width):
+        at = slice(start, min(start + width, classes))
+        size = at.stop - start
+        slab = np.ascontiguousarray(grouped[:, :, :, at]).reshape(a, d, -1, cols)
+        inner = [p._replace(d=p.d // classes * size) for p in head] + [rest._replace(b=rank * size)]
+        found, lost, bound = hierarchical(slab, inner, range(len(head)))
+        for part, blocks in zip(parts, found[:-1], strict=True):
+            part[:, :, at] = blocks.reshape(*part.shape[:2], size, *part.shape[3:])
+        left[:, :, :, at] = found[-1].reshape(rest.a, d, rank, size, rest.c)
+        discarded, first = discarded + lost, first + bound
+    shapes = [(p.a, p.d, p.b, p.c) for p in (*head, rest)]
+    return [x.reshape(shape) for x, shape in zip((*parts, left), shapes, strict=True)], discarded, first
 
 
 def _move(parts: list[np.ndarray], patterns: Sequence[Pattern], centre: int, step: int) -> int:
@@ -226,21 +262,6 @@ def peels(cuts: Sequence[int]) -> bool:
     return True
 
 
-def inner_bounds(whole: np.ndarray, patterns: Sequence[Pattern], known: Sequence[int] = ()) -> list[float]:
-    """Lower bounds of ``E_s`` at every split but the known ones, 0 where it is not affordable.
-
-    Of a large matrix only the splits with the largest affordable blocks are looked at, which are those that cost most to
-    leave out: the nearer the middle, the more a split restricts.
-    """
-    table, last = products(patterns), len(patterns) - 1
-    pairs = [(table[0, s], table[s + 1, last]) for s in range(last) if s not in known]
-    if whole.size >= _LARGE:
-        sides = [min(left.b, right.c) for left, right in pairs]
-        largest = max((side for side in sides if side <= GRAM_SIDE), default=0)
-        pairs = [pair for pair, side in zip(pairs, sides, strict=True) if side == largest]
-    return [gram_tail(split_view(whole, left, right), left.chain_rank(right) or 0) for left, right in pairs]
-
-
 def balance(factors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
     """The same chain with factors of nearly equal norm, by exact powers of two: the sweep leaves all of it in one."""
     norms = [frobenius(f) for f in factors]
@@ -280,7 +301,7 @@ def fit(target: np.ndarray, patterns: Sequence[Pattern], request: Request) -> Fi
     if request.refine and found.error > _ROUNDING * request.norm and len(patterns) > 2:
         links = without_redundancy(patterns)
         fused = [link.pattern for link in links]
-        found, refined = refine(padded, fused, links, found, request.refine)
+        found, refined = refine(padded, fused, links, found, request.refine, request.advance)
     note = f" + {refined} sweeps of alternating least squares" if refined else ""
     note += ", axis orders searched" if request.permutation == "search" else ""
     return Fit(found, rows.T if rows else None, cols, method(patterns, order) + note)
@@ -293,11 +314,16 @@ def _least(tried: Sequence[tuple[float, int]], norm: float) -> int:
 
 
 def refine(
-    target: np.ndarray, patterns: Sequence[Pattern], links: Sequence[Link], start: Sweep, sweeps: int | bool
+    target: np.ndarray,
+    patterns: Sequence[Pattern],
+    links: Sequence[Link],
+    start: Sweep,
+    sweeps: int | bool,
+    advance: Advance = quiet,
 ) -> tuple[Sweep, int]:
     """A sweep's result improved by alternating least squares, never made worse, and the number of sweeps taken."""
     whole, outside = restrict(target, reduce(Pattern.product, patterns))
-    factors, errors = alternate(whole, fused_factors(start.factors, links), patterns, sweeps)
+    factors, errors = alternate(whole, fused_factors(start.factors, links), patterns, sweeps, advance)
     error = math.hypot(errors[-1], outside)
     if error >= start.error:
         return start, 0

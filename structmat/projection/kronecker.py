@@ -11,9 +11,11 @@ from structmat.algebra import Sum
 from structmat.operator import Operator
 from structmat.projection.canonical import canonical
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import singular_values, svd
 from structmat.projection.lanczos import leading_triplets
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Ladder, Request, Solution, choose
-from structmat.projection.svd import gram_tail, safe_bound, singular_values, svd, tails, truncate, truncated
+from structmat.projection.svd import gram_tail, safe_bound, tails, truncate, truncated
 from structmat.structures.kronecker import Kronecker, kronecker_shapes
 
 Shapes = tuple[tuple[int, int], ...]
@@ -44,7 +46,11 @@ def project_kronecker(target: np.ndarray, request: Request) -> Solution:
                 "shapes: a budget and a tolerance need two factors (no SVD says how many terms of more factors are "
                 f"needed), terms at least two; got {len(shapes)}"
             )
-        return rank_one(target, shapes) if (request.terms or 1) == 1 else canonical_sum(target, shapes, request)
+        return (
+            rank_one(target, shapes, request.advance)
+            if (request.terms or 1) == 1
+            else canonical_sum(target, shapes, request)
+        )
     splits = [shapes]
     if request.free and request.shapes is None:
         splits = near_square_splits(shape)
@@ -91,7 +97,7 @@ def lanczos_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]) 
         if terms < 1 or not (few or (request.method == "lanczos" and request.terms and terms < side)):
             return None
         rng = np.random.default_rng(0 if request.rng is None else request.rng)
-        found = leading_triplets(unfold(target, shapes), terms, request.norm, rng)
+        found = leading_triplets(unfold(target, shapes), terms, request.norm, rng, request.advance)
         if found is None:
             return None
         error = request.norm**2 - float(np.square(found.s).sum())
@@ -112,7 +118,7 @@ def products(u: np.ndarray, s: np.ndarray, vh: np.ndarray, shapes: Shapes, terms
     return parts[0] if terms == 1 else Sum(*parts)
 
 
-def rank_one(target: np.ndarray, shapes: Shapes) -> Solution:
+def rank_one(target: np.ndarray, shapes: Shapes, advance: Advance = quiet) -> Solution:
     """A Kronecker product of any number of factors: the rearranged tensor is approximated by one of rank 1.
 
     Successive SVDs (within ``sqrt(k - 1)`` of the best, Oseledets 2011), then the higher-order power method: every update
@@ -124,7 +130,7 @@ def rank_one(target: np.ndarray, shapes: Shapes) -> Solution:
     tensor = unfold(target, shapes)
     norm = frobenius(target)
     start, first = successive_svd(tensor)
-    vectors, captured = power_iteration(tensor, start)
+    vectors, captured = power_iteration(tensor, start, advance)
     scale = captured ** (1.0 / len(shapes))
     factors = [(scale * v).reshape(s) for v, s in zip(vectors, shapes, strict=True)]
     error = frobenius(tensor - captured * outer(vectors))
@@ -141,7 +147,8 @@ def canonical_sum(target: np.ndarray, shapes: Shapes, request: Request) -> Solut
     unfoldings of rank ``t``, which give the lower bound.
     """
     tensor, terms = unfold(target, shapes), request.terms or 1
-    factors = canonical(tensor, terms, np.random.default_rng(0 if request.rng is None else request.rng))
+    rng = np.random.default_rng(0 if request.rng is None else request.rng)
+    factors = canonical(tensor, terms, rng, request.advance)
     parts = [
         Kronecker(*(np.ascontiguousarray(f[:, t]).reshape(s) for f, s in zip(factors, shapes, strict=True)))
         for t in range(terms)
@@ -183,10 +190,13 @@ def successive_svd(tensor: np.ndarray) -> tuple[list[np.ndarray], float]:
     return [*vectors, last / norm if norm else last], first
 
 
-def power_iteration(tensor: np.ndarray, vectors: list[np.ndarray]) -> tuple[list[np.ndarray], float]:
+def power_iteration(
+    tensor: np.ndarray, vectors: list[np.ndarray], advance: Advance = quiet
+) -> tuple[list[np.ndarray], float]:
     """Better unit vectors, and the norm of the tensor along them, which no step decreases."""
     captured = 0.0
     for _ in range(_SWEEPS):
+        advance(1, 1)
         before, head = captured, tensor.ravel()
         for i, size in enumerate(tensor.shape):
             update = head

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from structmat.projection.drivers import eigvalsh, svd
 from structmat.projection.matrix_free import Explicit, distance
+from structmat.projection.progress import Advance, quiet
+from structmat.projection.randomized import normal
 
 ACCURACY = 1e-10  # of the squared error: its root is optimal to 5e-11
 FAILURE = 1e-14  # probability over the random start that the bound does not hold, at each step
@@ -30,6 +33,7 @@ def leading_triplets(
     count: int,
     norm: float,  # Frobenius norm of the matrix
     rng: np.random.Generator,
+    advance: Advance = quiet,
 ) -> Leading | None:
     """The ``count`` largest singular triplets ``u, s, vh``; ``None`` where Lanczos vectors for a quarter of the size fail.
 
@@ -60,15 +64,16 @@ def leading_triplets(
     Cost: two products with the matrix for each of the steps, those for the bound included; ``O((m + n) c^2)`` for ``c``
     Lanczos vectors, which are kept.
     """
-    v = _right_vectors(matrix, count, norm, rng)
+    products = Explicit(matrix, advance)
+    v = _right_vectors(products, count, norm, rng)
     if v is None:
         return None
-    q, triangle = np.linalg.qr(matrix @ v)
-    p, s, w = np.linalg.svd(triangle)
+    q, triangle = np.linalg.qr(products.apply(v))
+    p, s, w = svd(triangle)
     u, v = q @ p, v @ w.conj().T
-    rest = distance(Explicit(matrix), u * s, v.conj().T) ** 2
-    defect = float(np.linalg.norm(_adjoint(matrix, u * s) - v * s**2))
-    mu = min(_largest_elsewhere(matrix, v, s, rest, rng), rest)
+    rest = distance(products, u * s, v.conj().T) ** 2
+    defect = float(np.linalg.norm(products.adjoint(u * s) - v * s**2))
+    mu = min(_largest_elsewhere(products, v, s, rest, rng), rest)
     gap = max(0.0, float(s[-1]) ** 2 - mu)
     change = 2 * defect**2 / (gap + math.sqrt(gap**2 + 4 * defect**2)) if defect else 0.0
     missed = float(np.maximum(0.0, mu - s**2).sum())
@@ -77,7 +82,7 @@ def leading_triplets(
     return Leading(u, s, v.conj().T, math.sqrt(max(0.0, squared)))
 
 
-def _right_vectors(matrix: np.ndarray, count: int, norm: float, rng: np.random.Generator) -> np.ndarray | None:
+def _right_vectors(matrix: Explicit, count: int, norm: float, rng: np.random.Generator) -> np.ndarray | None:
     """Orthonormal approximations ``(n, count)`` of the leading right singular vectors.
 
     ``A V = U B`` holds exactly in every step, and ``A^H U = V B^H`` but for the last block, whose remainder ``V' L`` gives
@@ -88,30 +93,30 @@ def _right_vectors(matrix: np.ndarray, count: int, norm: float, rng: np.random.G
     v = np.empty((n, most + count), matrix.dtype, order="F")
     u = np.empty((m, most + count), matrix.dtype, order="F")
     b = np.zeros((most + count, most + count), matrix.dtype)
-    block = np.linalg.qr(_normal((n, count), matrix.dtype, rng))[0]
+    block = np.linalg.qr(normal((n, count), matrix.dtype, rng))[0]
     left = right = 0  # columns of u and v in use
     checked = 0
     while right + block.shape[1] <= most:
         v[:, right : right + block.shape[1]] = block
-        image = matrix @ block
+        image = matrix.apply(block)
         new, head = _orthonormal(image, u[:, :left], norm)
         b[: left + new.shape[1], right : right + block.shape[1]] = head
         u[:, left : left + new.shape[1]] = new
         right += block.shape[1]
         old, left = left, left + new.shape[1]
-        block, tail = _orthonormal(_adjoint(matrix, new), v[:, :right], norm)
+        block, tail = _orthonormal(matrix.adjoint(new), v[:, :right], norm)
         tail = tail[right:]  # L, (new right, new left)
         last = block.shape[1] == 0
         if not last and right < checked + max(count, checked // 10):  # a small SVD for every tenth more of the basis
             continue
         checked = right
-        p, s, qh = np.linalg.svd(b[:left, :right], full_matrices=False)
+        p, s, qh = svd(b[:left, :right])
         residuals = s[:count] * np.linalg.norm(tail @ p[old:left, :count], axis=0) if not last else np.zeros(1)
         squares = np.append(s[: count + 1] ** 2, 0.0)
         if last or _converged(residuals, squares, norm):
             found = v[:, :right] @ qh[:count].conj().T
             if found.shape[1] < count:  # a matrix of lower rank: any other orthonormal columns
-                extra = _orthonormal(_normal((n, count - found.shape[1]), matrix.dtype, rng), found, 1.0)[0]
+                extra = _orthonormal(normal((n, count - found.shape[1]), matrix.dtype, rng), found, 1.0)[0]
                 found = np.hstack((found, extra))
             return found
     return None
@@ -127,9 +132,7 @@ def _converged(residuals: np.ndarray, squares: np.ndarray, norm: float) -> bool:
     return missing <= ACCURACY * error + (2 * _EPS * norm) ** 2
 
 
-def _largest_elsewhere(
-    matrix: np.ndarray, v: np.ndarray, s: np.ndarray, rest: float, rng: np.random.Generator
-) -> float:
+def _largest_elsewhere(matrix: Explicit, v: np.ndarray, s: np.ndarray, rest: float, rng: np.random.Generator) -> float:
     """Upper bound of the largest eigenvalue of ``P A^H A P``, ``P = I - V V^H``; steps are taken until it is good enough."""
     n, count = v.shape
     steps = min(MAX_CHECKS, n - count)
@@ -141,17 +144,17 @@ def _largest_elsewhere(
     basis[:, :count] = v
     size = n if matrix.dtype.kind != "c" else 2 * n
     digits = math.log(1.648 * math.sqrt(size) / FAILURE)
-    block = _orthonormal(_normal((n, 1), matrix.dtype, rng), v, 1.0)[0]
+    block = _orthonormal(normal((n, 1), matrix.dtype, rng), v, 1.0)[0]
     tridiagonal = np.zeros((steps + 1, steps + 1))
     mu = math.inf
     for k in range(steps):
         basis[:, count + k] = block[:, 0]
-        image = matrix @ block
+        image = matrix.apply(block)
         tridiagonal[k, k] = float(np.linalg.norm(image)) ** 2
         block, head = _orthonormal(
-            _adjoint(matrix, image), basis[:, : count + k + 1], norm * float(np.linalg.norm(image))
+            matrix.adjoint(image), basis[:, : count + k + 1], norm * float(np.linalg.norm(image))
         )
-        theta = float(np.linalg.eigvalsh(tridiagonal[: k + 1, : k + 1])[-1]) + rounding
+        theta = float(eigvalsh(tridiagonal[: k + 1, : k + 1])[-1]) + rounding
         if (
             block.shape[1] == 0 or k + 1 == n - count
         ):  # invariant: it holds the largest eigenvalue but with probability 0
@@ -174,7 +177,7 @@ def _orthonormal(y: np.ndarray, basis: np.ndarray, norm: float) -> tuple[np.ndar
     again = basis.conj().T @ y
     y = y - basis @ again
     q, triangle = np.linalg.qr(y)
-    p, s, wh = np.linalg.svd(triangle)
+    p, s, wh = svd(triangle)
     kept = int((s > 8 * _EPS * norm).sum())
     q = q @ p[:, :kept]
     if kept and s[kept - 1] < 1e-8 * norm:  # nearly rounding: it has come back towards the basis
@@ -182,13 +185,3 @@ def _orthonormal(y: np.ndarray, basis: np.ndarray, norm: float) -> tuple[np.ndar
         q, turn = np.linalg.qr(q)
         return q, np.vstack((head + again, turn @ (s[:kept, None] * wh[:kept])))
     return q, np.vstack((head + again, s[:kept, None] * wh[:kept]))
-
-
-def _adjoint(matrix: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """``A^H y``, without a conjugated copy of the matrix."""
-    return (y.conj().T @ matrix).conj().T
-
-
-def _normal(shape: tuple[int, int], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    x = rng.standard_normal(shape)
-    return x + 1j * rng.standard_normal(shape) if dtype.kind == "c" else x

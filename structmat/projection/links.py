@@ -7,6 +7,7 @@ product pattern (Le, Zheng, Riccietti, Gribonval 2025, section 4). Factors are a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -74,6 +75,22 @@ def expand(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> np.nda
     return whole
 
 
+def apply(factor: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A factor ``(a, d, b, c)`` times a matrix ``(a c d, N)``."""
+    a, d, b, c = factor.shape
+    y = factor @ x.reshape(a, c, d, -1).swapaxes(1, 2)
+    return y.swapaxes(1, 2).reshape(a * b * d, -1)
+
+
+def multiplied_out(factors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """The matrix ``(m, n)`` of any factors that can be multiplied, chainable or not, without its padding."""
+    a, d, _, c = factors[-1].shape
+    dense = np.eye(a * c * d, shape[1], dtype=factors[-1].dtype)
+    for factor in reversed(factors):
+        dense = apply(factor, dense)
+    return dense[: shape[0]]
+
+
 def pair_of(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> tuple[np.ndarray, np.ndarray] | None:
     """A chain ``(1, ...) ... (..., 1)`` as two factors, where it is chainable and they are smaller than the matrix."""
     if (
@@ -91,12 +108,49 @@ def pair_of(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> tuple
     return expand(factors[: cut + 1], patterns[: cut + 1]), expand(factors[cut + 1 :], patterns[cut + 1 :])
 
 
-def column_blocks(factors: Sequence[np.ndarray], patterns: Sequence[Pattern]) -> Iterator[np.ndarray]:
-    """A dense pair ``(1, s, k r, l) (k, r l, p, 1)`` as ``k`` arrays ``(l, s, p)`` of ``p`` columns: ``2 r`` flops an entry."""
-    left, right = patterns
-    x, y = left_view(factors[0], left, right)[0, :, :, 0], right_view(factors[1], left, right)[0, :, :, 0]
-    for u, v in zip(x, y, strict=True):  # (l, s, r) and (l, r, p)
-        yield multiply(u, v)
+def row_slabs(
+    halves: Sequence[np.ndarray], entries: int, transposed: bool = False
+) -> Iterator[tuple[slice | np.ndarray, np.ndarray]]:
+    """A pair ``(1, s, k r, l), (k, r l, p, 1)`` as some rows of the dense ``(s l, k p)`` at a time, ``2 r`` flops an entry.
+
+    Yields the indices of the rows and the rows: runs with about the number of entries asked for, so that they stay in a
+    cache, or for ranks above 2 what keeps matrix products large. ``transposed``: columns, as rows.
+    """
+    (_, l, s, _), (k, _, rl, p) = (f.shape for f in halves)
+    rank, rows, cols = rl // l, s * l, k * p
+    x, y = halves[0].reshape(l, s, k, rank), halves[1].reshape(k, rank, l, p)
+    if rank > 2 and transposed:
+        for i in range(k):
+            block = y[i].transpose(1, 2, 0) @ x[:, :, i].swapaxes(1, 2)  # (l, p, s)
+            yield slice(i * p, (i + 1) * p), block.transpose(1, 2, 0).reshape(p, rows)
+    elif rank > 2:
+        for i in range(l):
+            block = x[i].swapaxes(0, 1) @ y[:, :, i]  # (k, s, p)
+            yield np.arange(i, rows, l), block.swapaxes(0, 1).reshape(s, cols)
+    elif transposed:
+        y, x = y.transpose(1, 0, 3, 2)[..., None, :], x.transpose(3, 2, 1, 0)[:, :, None]
+        yield from _runs(y, x, entries)  # (r, k, p, 1, l) and (r, k, 1, s, l)
+    else:
+        x, y = x.transpose(3, 1, 0, 2)[..., None], y.transpose(1, 2, 0, 3)[:, None]
+        yield from _runs(x, y, entries)  # (r, s, l, k, 1) and (r, 1, l, k, p)
+
+
+def _runs(x: np.ndarray, y: np.ndarray, entries: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Runs of the first two of four axes of ``sum_r x[r] * y[r]``, which broadcast against each other."""
+    _, first, second, *inner = np.broadcast_shapes(x.shape, y.shape)
+    cols = math.prod(inner)
+    x = np.broadcast_to(np.ascontiguousarray(x), (len(x), first, second, *x.shape[3:]))
+    y = np.broadcast_to(np.ascontiguousarray(y), (len(y), first, second, *y.shape[3:]))
+    tall, wide = max(1, entries // (second * cols)), min(second, max(1, entries // cols))
+    for i in range(0, first, tall):
+        for j in range(0, second, wide):
+            at = (slice(i, i + tall), slice(j, j + wide))
+            run = x[0][at] * y[0][at]
+            for u, v in zip(x[1:], y[1:], strict=True):
+                run += u[at] * v[at]
+            start = i * second + j
+            run = run.reshape(-1, cols)
+            yield slice(start, start + len(run)), run
 
 
 def contract_left(active: np.ndarray, x: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from structmat import arrays
-from structmat.projection.certificate import Projection
+from structmat.projection.certificate import Projection, frobenius
+from structmat.projection.drivers import svd
 from structmat.projection.interpolative import cur, interpolate
 from structmat.projection.matrix_free import Explicit, Matrix, distance, is_operator, read_operator
 from structmat.projection.randomized import Basis, basis_svd, best_possible, block_krylov, grow
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
-from structmat.projection.svd import fill, safe_bound, svd, tails, truncate
+from structmat.projection.svd import fill, safe_bound, tails, truncate
 from structmat.projection.target import like, rounding
 from structmat.structures.interpolative import Interpolative
 from structmat.structures.low_rank import LowRank
@@ -43,20 +44,51 @@ def project_low_rank(target: np.ndarray, request: Request) -> Solution:
     (:mod:`structmat.projection.randomized`). ``method="cur"`` takes rows and columns of the matrix instead, selected from
     the singular vectors.
     """
-    if request.method == "cur" and (request.interpolative or request.tol is not None):
-        other = "interpolative" if request.interpolative else "tol"
-        raise ValueError(f"{other}: method='cur' takes a rank or a budget and no {other}")
+    if request.method == "cur" and request.interpolative:
+        raise ValueError("interpolative: method='cur' takes a rank, a budget or a tolerance and no interpolative")
     spectrum = None
     if _randomised(request, target.shape[0], target.shape[1]):
-        spectrum = random_spectrum(Explicit(target), request)
+        spectrum = random_spectrum(Explicit(target, request.advance), request)
     if spectrum is None:
         spectrum = Spectrum(*svd(target), 0.0, None)
     rank, solution = solve(spectrum, Explicit(target), request)
     if request.method != "cur":
         return solution
-    left, right, indices = cur(target, spectrum.u[:, :rank], spectrum.vh[:rank])
+    if request.tol is None:
+        left, right, indices = cur(target, spectrum.u[:, :rank], spectrum.vh[:rank])
+    else:
+        rank, (left, right, indices) = _smallest_cur(target, spectrum, rank, request)
+        kept = min(rank, len(spectrum.s))
+        bound = safe_bound(float(tails(spectrum.s)[kept]), request.norm, max(target.shape))
+        solution = solution._replace(lower_bound=bound)
     name = "CUR, pivoted QR of the singular vectors"
     return Solution(LowRank(*fill(left, right, rank)), solution.lower_bound, name, indices)
+
+
+def _smallest_cur(target: np.ndarray, spectrum: Spectrum, least: int, request: Request) -> tuple[int, Any]:
+    """A rank whose rows and columns meet the tolerance where one less does not, and the factors; errors are a posteriori.
+
+    Below ``least``, the rank of the truncated SVD that meets it, nothing can. From there in steps that double, then by
+    bisection: the error falls with the rank but for the luck of the selection.
+    """
+    allowed, most = allowed_error(request), len(spectrum.s)
+
+    def tried(rank: int) -> tuple[float, Any]:
+        made = cur(target, spectrum.u[:, :rank], spectrum.vh[:rank])
+        return frobenius(target - made[0] @ made[1]), made
+
+    low, high, step = least - 1, least, 1
+    error, found = tried(high)
+    while error > allowed and high < most:
+        low, high, step = high, min(most, high + step), 2 * step
+        error, found = tried(high)
+    if error > allowed:
+        raise unreachable(request, error)
+    while high - low > 1:
+        middle = (low + high) // 2
+        error, made = tried(middle)
+        low, high, found = (low, middle, made) if error <= allowed else (middle, high, found)
+    return high, found
 
 
 def solve(spectrum: Spectrum, matrix: Matrix, request: Request) -> tuple[int, Solution]:
@@ -128,7 +160,7 @@ def project_implicit(W: Any, request: Request, started: float) -> Projection | N
     """
     if not is_operator(W) or request.method in ("svd", "cur"):
         return None
-    matrix, source = read_operator(W)
+    matrix, source = read_operator(W, request.advance)
     m, n = matrix.shape
     small = m * n <= AFFORDABLE
     if small and not _randomised(request, m, n):

@@ -13,6 +13,7 @@ from structmat import arrays, linalg
 from structmat.arrays import Array
 from structmat.operator import Operator
 from structmat.projection.certificate import frobenius
+from structmat.projection.progress import Advance, quiet
 from structmat.structures.external import External, as_operator
 
 CHUNK = 128  # columns at once: the memory of an exact error is this many columns of W
@@ -38,19 +39,21 @@ class Matrix(Protocol):
 
 
 class Explicit:
-    """A dense array ``(m, n)`` of float64 or complex128."""
+    """A dense array ``(m, n)`` of float64 or complex128; every product moves a progress bar."""
 
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
+    def __init__(self, array: np.ndarray, advance: Advance = quiet) -> None:
+        self.array, self.advance = array, advance
         self.shape = (array.shape[0], array.shape[1])
         self.dtype = array.dtype
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """``W x``."""
+        self.advance(1, 1)
         return self.array @ x
 
     def adjoint(self, y: np.ndarray) -> np.ndarray:
         """``W^H y``, without a conjugated copy of ``W``."""
+        self.advance(1, 1)
         return (y.conj().T @ self.array).conj().T
 
     def columns(self, start: int, stop: int) -> np.ndarray:
@@ -59,12 +62,13 @@ class Explicit:
 
 
 class Implicit:
-    """An operator, known by its products alone.
+    """An operator, known by its products alone; every one of them moves a progress bar.
 
     Raises ``ValueError`` at the first product that is not finite and ``TypeError`` where the adjoint is missing.
     """
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, advance: Advance = quiet) -> None:
+        self.advance = advance
         self.dtype = np.dtype(np.complex128 if arrays.is_complex(operator.dtype) else np.float64)
         exact = operator.astype(arrays.dtype_for(self.dtype, operator.kind) if operator.kind else self.dtype)
         self.operator = exact.to("numpy")
@@ -73,10 +77,12 @@ class Implicit:
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """``W x``."""
+        self.advance(1, 1)
         return _finite(self.operator @ x, "W @ x")
 
     def adjoint(self, y: np.ndarray) -> np.ndarray:
         """``W^H y``."""
+        self.advance(1, 1)
         try:
             return _finite(self.operator.rmatmat(y), "W.H @ y")
         except (AttributeError, NotImplementedError, TypeError) as error:  # SciPy calls an rmatvec that is None
@@ -117,7 +123,7 @@ def is_operator(W: Any) -> bool:
     return _is_sparse(W) or (linear is not None and isinstance(W, linear.LinearOperator))
 
 
-def read_operator(W: Any) -> tuple[Implicit, Array]:
+def read_operator(W: Any, advance: Advance = quiet) -> tuple[Implicit, Array]:
     """``W`` by its products, and an empty array of its library, device and dtype.
 
     Raises ``ValueError`` for anything but one matrix with at least one row and column.
@@ -127,7 +133,7 @@ def read_operator(W: Any) -> tuple[Implicit, Array]:
         raise ValueError(f"W: expected one matrix (m, n) with m, n >= 1, got shape {tuple(operator.shape)}")
     library = operator.kind or ("torch" if arrays.is_torch_dtype(operator.dtype) else "numpy")
     where = {} if operator.kind in (None, "numpy") else {"device": operator.device}
-    return Implicit(operator), arrays.namespace_of(library).zeros((0,), dtype=operator.dtype, **where)
+    return Implicit(operator, advance), arrays.namespace_of(library).zeros((0,), dtype=operator.dtype, **where)
 
 
 def chunks(matrix: Matrix) -> Iterator[tuple[int, np.ndarray]]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from structmat import arrays
+from structmat.projection.drivers import eigh
 from structmat.projection.weight import Metric, Weight
 
 _CHUNK = 8192  # rows of activations in double precision at a time
@@ -217,7 +218,7 @@ def _positive(
         except np.linalg.LinAlgError:
             continue
         return c, 0.0, None if noise else triangle
-    values, vectors = np.linalg.eigh(c)
+    values, vectors = eigh(c)
     largest = max(float(values[-1]), top)
     if values[0] < -slack * largest:
         hint = "; with mean, weight is the second moment E[x x^H] before centring" if centred else ""

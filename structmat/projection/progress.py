@@ -6,17 +6,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+Advance = Callable[[int, int], Any]  # (steps done, steps that are added to the total)
 QUIET = 1.0  # seconds before a bar appears
 
 
+def quiet(done: int, more: int) -> None:
+    """Move no bar."""
+
+
 @contextmanager
-def bar(progress: bool | None, what: str) -> Iterator[Callable[[int, int], Any]]:
+def bar(progress: bool | None, what: str) -> Iterator[Advance]:
     """A function ``advance(done, more)`` that moves a tqdm bar and lengthens it; one that does nothing without progress.
 
     The bar appears after a second, and is closed however the block ends. Raises ``ImportError`` if tqdm is missing.
     """
     if not progress:
-        yield lambda done, more: None  # noqa: ARG005
+        yield quiet
         return
     try:
         from tqdm import tqdm

@@ -25,12 +25,15 @@ from structmat.projection.low_rank import project_implicit, project_low_rank
 from structmat.projection.matrix_free import is_operator
 from structmat.projection.moments import read_weight
 from structmat.projection.permutation import read_view
-from structmat.projection.selection import Request, Solution, parameter_limit, unreachable
+from structmat.projection.progress import bar
+from structmat.projection.selection import Request, Solution, parameter_limit, read_tolerance, unreachable
 from structmat.projection.sums import Term, project_sum
 from structmat.projection.support import project_block_diagonal, project_dense
 from structmat.projection.target import like, read, rounding, safe_scale, scaled
 from structmat.projection.two_factor import project_two_factor
+from structmat.projection.weight import Weight
 from structmat.projection.weighted import project_weighted
+from structmat.projection.weighted import solve as solve_weighted
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse
 from structmat.structures.block_tensor_train import BlockTensorTrain
@@ -46,7 +49,7 @@ from structmat.structures.monarch import Monarch
 class Family(NamedTuple):
     """How a family is projected onto, and which options it takes."""
 
-    solve: Callable[[np.ndarray, Request], Solution]
+    solve: Callable[..., Solution]  # (target, request), and for a sum the weight
     options: tuple[str, ...]
     sizes: tuple[str, ...]  # options that leave nothing for a budget or a tolerance to choose
     methods: tuple[str, ...] = ()
@@ -105,6 +108,7 @@ def project(
     mean: Any = None,
     row_weight: Any = None,
     damping: float | None = None,
+    progress: bool | None = None,
 ) -> Projection:
     """Find the member of a structured family nearest to a matrix, with a certificate of how near it is.
 
@@ -184,18 +188,20 @@ def project(
         :class:`structmat.InterpolativeBlocks`, ``r**2`` numbers less in every block. Ranks beyond a block's smaller size are
         cut to it.
     method
-        LowRank: ``"svd"``; ``"randomized"``; ``"cur"``, columns and rows of ``W`` with the best core between them
-        (``indices`` says which); or ``"auto"``, the default: randomised for sizes above 1024 and ranks up to a sixteenth of
-        them, or a tolerance that such a basis meets with a quarter of the columns, and the SVD for all else. Kronecker of two
-        factors: ``"svd"``, ``"lanczos"`` or ``"auto"``, Lanczos for few terms of a large matrix, where ``lower_bound`` fails
-        with a probability of 1e-12 over ``rng``. Chain: ``"gradient"``, L-BFGS on all factors, which fits patterns that no
-        SVD solves and starts from the other methods where there is one; ``"als"``, ``"svd"`` or ``"auto"``.
+        LowRank: ``"svd"``; ``"randomized"``; ``"cur"``, columns and rows of ``W`` with the best core between them (``indices``
+        says which; with ``tol`` the smallest rank found whose own error meets it); or ``"auto"``, the default: randomised for
+        sizes above 1024 and ranks up to a sixteenth of them, or a tolerance that such a basis meets with a quarter of the
+        columns, and the SVD for all else. Kronecker of two factors: ``"svd"``, ``"lanczos"`` or ``"auto"``, Lanczos for few
+        terms of a large matrix, where ``lower_bound`` fails with a probability of 1e-12 over ``rng``. Chain: ``"gradient"``,
+        L-BFGS on all factors, which fits patterns that no SVD solves and starts from the other methods where there is one;
+        ``"als"``, ``"svd"`` or ``"auto"``.
     rng
         Seed or ``numpy.random.Generator`` of the randomised steps. Default: seed 0, so that results repeat.
     weight, activations
         What the inputs look like: the second moment ``C = E[x x^H]``, ``(n, n)``, a :class:`structmat.Moments`, or samples as
         rows ``(tokens, n)``. The norm is then that of the outputs, ``||(W - A) S||`` with ``S S^H = C``: ``error``,
-        ``relative_error``, ``lower_bound`` and ``tol`` are in it (see Notes).
+        ``relative_error``, ``lower_bound`` and ``tol`` are in it (see Notes). For a sum of
+        families every term is projected with it.
     mean
         The mean input ``(n,)``, or True to take it from activations or Moments: the weight is centred, and
         ``bias_correction = (W - A) mean`` makes the mean output exact.
@@ -205,6 +211,8 @@ def project(
     damping
         Adds this fraction of the mean diagonal to ``C``, and so as much of the Frobenius norm to the error: 1e-3 for many
         samples, 0.1 for fewer than ``2 n``. Default: none.
+    progress
+        True shows a bar on iterations of more than a second (needs tqdm). An interrupted call leaves nothing behind.
 
     Returns
     -------
@@ -222,6 +230,8 @@ def project(
         best relative error).
     numpy.linalg.LinAlgError
         If an SVD converges with neither LAPACK driver.
+    ImportError
+        If ``progress`` is True and tqdm is missing.
 
     Notes
     -----
@@ -241,7 +251,7 @@ def project(
     ``method`` says so and ``ridge`` holds it. Cost: ``m n^2`` for each sweep or iteration.
 
     Cost for ``n x n``: LowRank and Kronecker one SVD, ``O(n^3)``; Monarch and BlockTensorTrain ``O(n^3 / blocks)``; radix-2
-    Butterfly ``O(n^2)``. Memory: a few times ``W``.
+    Butterfly ``O(n^2)``. Memory with ``W``: 3 to 4 times ``W``, 7 with ``refine`` and 10 for the exact LowRank.
 
     Examples
     --------
@@ -284,7 +294,9 @@ def project(
     mean = None if mean is False else mean
     weighted = any(option is not None for option in (weight, activations, mean, row_weight, damping))
     if family is LowRank and is_operator(W) and permutation is None and not transposed and not weighted:
-        found = project_implicit(W, _request(family, tuple(W.shape), given, budget, tol), started)
+        request = _request(family, tuple(W.shape), given, budget, tol)
+        with bar(progress, "project") as advance:
+            found = project_implicit(W, replace(request, advance=advance), started)
         if found is not None:
             return found
     source, target = read(W)
@@ -295,12 +307,16 @@ def project(
             weight, activations, mean, row_weight, damping, (target.shape[0], target.shape[1]), real
         )
         request = _request(family, view.of(target).shape, given, budget, tol)
-        return project_weighted(source, target, view, request, norm, center, started)
+        solver = kind.solve if family is Sum else solve_weighted
+        with bar(progress, "project") as advance:
+            request = replace(request, advance=advance)
+            return project_weighted(source, target, view, request, norm, center, started, solver)
     scale = safe_scale(target)
     prepared = view.of(target if scale == 1.0 else target / scale)
     shape = (prepared.shape[0], prepared.shape[1])
     request = replace(_request(family, shape, given, budget, tol), norm=frobenius(prepared), rounding=rounding(source))
-    solution = kind.solve(prepared, request)
+    with bar(progress, "project") as advance:
+        solution = kind.solve(prepared, replace(request, advance=advance))
     result = like(scaled(view.back(solution.operator), scale), source)
     found = certify(result, target, solution.lower_bound * scale, solution.method, started)
     if (
@@ -319,7 +335,7 @@ def _request(family: Any, shape: tuple[int, ...], given: dict[str, Any], budget:
         family=family,
         norm=0.0,
         limit=None if budget is None else parameter_limit(budget, (shape[0], shape[1])),
-        tol=None if tol is None else _tolerance(tol),
+        tol=None if tol is None else read_tolerance(tol),
         **(given if free else _defaults(family, (shape[0], shape[1])) | given),
     )
 
@@ -359,7 +375,13 @@ def _term(one: Any) -> tuple[type[Operator], Family, dict[str, Any], Any]:
     return family, kind, given, budget
 
 
-def _solve_sum(target: np.ndarray, request: Request, terms: Sequence[tuple[Any, Family, Any, Any]]) -> Solution:
+def _solve_sum(
+    target: np.ndarray,
+    request: Request,
+    weight: Weight | None = None,
+    *,
+    terms: Sequence[tuple[Any, Family, Any, Any]],
+) -> Solution:
     if request.tol is not None:
         raise ValueError("tol: a sum of families takes the sizes of its terms or a budget; expected no tolerance")
     shape, found = (target.shape[0], target.shape[1]), []
@@ -368,7 +390,7 @@ def _solve_sum(target: np.ndarray, request: Request, terms: Sequence[tuple[Any, 
         free = request.limit is not None and not sized
         one = _request(family, shape, given, request.limit if free else budget, None)
         found.append(Term(kind.solve, replace(one, rounding=request.rounding), free))
-    return project_sum(target, request, found)
+    return project_sum(target, request, found, weight)
 
 
 def _read_options(asked: dict[str, Any], kind: Family) -> dict[str, Any]:
@@ -446,14 +468,6 @@ def _tuples(value: Any, name: str, length: int) -> tuple[tuple[int, ...], ...] |
 def _patterns(value: Any) -> tuple[Pattern, ...] | None:
     rows = _tuples(value, "patterns", 4)
     return None if rows is None else tuple(Pattern(*row) for row in rows)
-
-
-def _tolerance(tol: Any) -> float:
-    if isinstance(tol, (bool, np.bool_)) or not isinstance(tol, (int, float, np.integer, np.floating)):
-        raise TypeError(f"tol: expected a number, got {type(tol).__name__}")
-    if not 0.0 < tol <= 1.0:
-        raise ValueError(f"tol: expected a relative error in (0, 1], got {tol}")
-    return float(tol)
 
 
 def _block(value: Any) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structmat.projection.drivers import eigvalsh, svd
 from structmat.projection.matrix_free import Explicit, Matrix, chunks, distance
 
 OVERSAMPLING = 10
@@ -37,7 +38,7 @@ def block_krylov(matrix: Matrix, rank: int, norm: float, rng: Any) -> Basis:
     Cost for ``k`` blocks: ``k (rank + 10)`` products with ``W`` and with ``W^H``, memory ``k (rank + 10) (m + n)``.
     """
     m, n = matrix.shape
-    x = _normal((n, min(rank + OVERSAMPLING, m, n)), matrix.dtype, rng)
+    x = normal((n, min(rank + OVERSAMPLING, m, n)), matrix.dtype, rng)
     q, b = np.empty((m, 0), matrix.dtype), np.empty((0, n), matrix.dtype)
     before = math.inf
     for _ in range(MAX_BLOCKS):
@@ -47,7 +48,7 @@ def block_krylov(matrix: Matrix, rank: int, norm: float, rng: Any) -> Basis:
             break
         rows = matrix.adjoint(block).conj().T
         q, b = np.hstack((q, block)), np.vstack((b, rows))
-        top = np.linalg.eigvalsh(b @ b.conj().T)[-rank:].sum()
+        top = eigvalsh(b @ b.conj().T)[-rank:].sum()
         error = math.sqrt(max(0.0, norm**2 - float(top)))
         if before - error <= GAIN * error:
             break
@@ -70,7 +71,7 @@ def grow(matrix: Matrix, allowed: float, norm: float, most: int, rng: Any) -> Ba
     while remaining > allowed**2:
         if q.shape[1] + width > most:
             return None
-        x = _normal((n, width), matrix.dtype, rng)
+        x = normal((n, width), matrix.dtype, rng)
         block = _complement(matrix.apply(x), q, norm)
         if block.shape[1]:
             z = matrix.adjoint(block)
@@ -91,7 +92,7 @@ def grow(matrix: Matrix, allowed: float, norm: float, most: int, rng: Any) -> Ba
 def basis_svd(basis: Basis) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Thin SVD ``(u, s, vh)`` of ``q b``."""
     q2, triangle = np.linalg.qr(basis.b.conj().T)
-    u, s, vh = np.linalg.svd(triangle.conj().T, full_matrices=False)
+    u, s, vh = svd(triangle.conj().T)
     return basis.q @ u, s, vh @ q2.conj().T
 
 
@@ -149,7 +150,7 @@ def _complement(y: np.ndarray, q: np.ndarray, norm: float) -> np.ndarray:
     for _ in range(2):
         y = y - q @ (q.conj().T @ y)
     y, triangle = np.linalg.qr(y)
-    u, s, _ = np.linalg.svd(triangle)
+    u, s, _ = svd(triangle)
     y = y @ u[:, s > 4 * _EPS * norm]
     y = y[:, : y.shape[0] - q.shape[1]]
     if q.shape[1] == 0:
@@ -161,6 +162,7 @@ def _complement(y: np.ndarray, q: np.ndarray, norm: float) -> np.ndarray:
     return np.linalg.qr(y)[0]
 
 
-def _normal(shape: tuple[int, int], dtype: Any, rng: Any) -> np.ndarray:
+def normal(shape: tuple[int, ...], dtype: Any, rng: Any) -> np.ndarray:
+    """Independent standard normal entries, real and imaginary ones of a complex dtype."""
     x = rng.standard_normal(shape)
     return x + 1j * rng.standard_normal(shape) if np.dtype(dtype).kind == "c" else x

@@ -17,8 +17,9 @@ import numpy as np
 
 from structmat.patterns import Pattern
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import svd
 from structmat.projection.links import left_blocks, left_view, right_blocks, right_view
-from structmat.projection.svd import svd, tails
+from structmat.projection.svd import tails
 from structmat.structures.factor import pattern_of
 
 Factors = list[np.ndarray]

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structmat.projection.drivers import eigh, eigvalsh, singular_values, svd
 from structmat.projection.members import Member
 from structmat.projection.selection import Ladder
-from structmat.projection.svd import safe_bound, singular_values, svd, tails
+from structmat.projection.svd import safe_bound, tails
 
 OVERSAMPLING = 8
 SHARE = 8  # a rank below the size by this factor is small
@@ -68,11 +69,11 @@ def leading_energies(stack: np.ndarray, most: int, rng: Any) -> np.ndarray:
     side, columns = min(b, c), most + OVERSAMPLING
     if side <= 32 or 3 * columns >= side:
         gram = wide @ wide.conj().swapaxes(-1, -2)
-        return np.maximum(np.linalg.eigvalsh(gram)[..., ::-1], 0.0)
+        return np.maximum(eigvalsh(gram)[..., ::-1], 0.0)
     omega = rng.standard_normal((wide.shape[-1], columns)).astype(stack.dtype)
     basis = np.linalg.qr(wide.conj().swapaxes(-1, -2) @ (wide @ omega))[0]
     y = wide @ basis
-    found = np.linalg.eigvalsh(y.conj().swapaxes(-1, -2) @ y)[..., ::-1]
+    found = eigvalsh(y.conj().swapaxes(-1, -2) @ y)[..., ::-1]
     return np.maximum(found[..., : most + 1], 0.0)
 
 
@@ -93,7 +94,7 @@ def decompose(blocks: np.ndarray, gram: bool, rng: Any = 0) -> Factors:
     if not gram:
         return _of_small_rank(blocks, np.random.default_rng(rng)) or Factors(*svd(blocks))
     adjoint = blocks.conj().swapaxes(-1, -2)
-    values, vectors = np.linalg.eigh(blocks @ adjoint if s <= p else adjoint @ blocks)
+    values, vectors = eigh(blocks @ adjoint if s <= p else adjoint @ blocks)
     vectors, sigma = vectors[..., ::-1], np.sqrt(np.maximum(values[..., ::-1], 0.0))
     return Factors(vectors, sigma, None) if s <= p else Factors(None, sigma, vectors.conj().swapaxes(-1, -2))
 

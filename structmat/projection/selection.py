@@ -11,6 +11,7 @@ import numpy as np
 
 from structmat.operator import Operator
 from structmat.patterns import Pattern
+from structmat.projection.progress import Advance, quiet
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -40,6 +41,8 @@ class Request:
     method: str = "auto"
     interpolative: bool = False
     rng: Any = None
+    bound: bool = True  # whether a lower bound is wanted; a step of an iteration needs none
+    advance: Advance = quiet  # moves a progress bar; an exception that it raises ends the projection
 
     @property
     def free(self) -> bool:
@@ -108,13 +111,21 @@ def infeasible(request: Request, nearest: int) -> ValueError:
     )
 
 
-def unreachable(request: Request, best: float) -> ValueError:
+class UnreachableError(ValueError):
+    """No member tried meets a tolerance; ``best`` is the least relative error that one has."""
+
+    best: float = math.inf
+
+
+def unreachable(request: Request, best: float) -> UnreachableError:
     """The error for a tolerance that no member meets; ``best`` is an absolute error."""
-    relative = best / request.norm if request.norm else 0.0
-    return ValueError(
+    relative = max(best / request.norm if request.norm else 0.0, request.rounding)
+    error = UnreachableError(
         f"tol: no {request.family.__name__} tried has a relative error of at most {request.tol:g} in this dtype; "
-        f"the best relative error reachable is {max(relative, request.rounding):.3g}"
+        f"the best relative error reachable is {relative:.3g}"
     )
+    error.best = relative
+    return error
 
 
 def parameter_limit(budget: Any, shape: tuple[int, int]) -> int:
@@ -128,3 +139,12 @@ def parameter_limit(budget: Any, shape: tuple[int, int]) -> int:
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"budget: expected a fraction in (0, 1] or an int count of parameters, got {budget}")
     return math.floor(float(budget) * math.prod(shape) + 1e-9)  # 0.29 * 100 is 28.999...
+
+
+def read_tolerance(tol: Any) -> float:
+    """The relative error that ``tol`` allows: a number in (0, 1]."""
+    if isinstance(tol, (bool, np.bool_)) or not isinstance(tol, (int, float, np.integer, np.floating)):
+        raise TypeError(f"tol: expected a number, got {type(tol).__name__}")
+    if not 0.0 < tol <= 1.0:
+        raise ValueError(f"tol: expected a relative error in (0, 1], got {tol}")
+    return float(tol)

@@ -10,9 +10,13 @@ import numpy as np
 from structmat.algebra import Sum
 from structmat.operator import Operator
 from structmat.projection.certificate import dense, frobenius
+from structmat.projection.drivers import eigh, eigvalsh
 from structmat.projection.kronecker import unfold
 from structmat.projection.svd import safe_bound, truncated
-from structmat.projection.two_factor import blocks_of, layout
+from structmat.projection.two_factor import Place, blocks_of, layout
+from structmat.projection.weight import Weight
+from structmat.projection.weighted_bounds import AFFORDABLE, two_factor_bound
+from structmat.projection.weighted_classes import Classes, safe
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse
 from structmat.structures.block_tensor_train import BlockTensorTrain
@@ -21,6 +25,9 @@ from structmat.structures.diagonal import Diagonal
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch
+
+SUPPORTED = (Diagonal, BlockDiagonal, BlockSparse)
+_EPS = float(np.finfo(np.float64).eps)
 
 
 def lower_bound(target: np.ndarray, operators: Sequence[Operator]) -> float | None:
@@ -44,10 +51,63 @@ def lower_bound(target: np.ndarray, operators: Sequence[Operator]) -> float | No
     return None
 
 
+def weighted_lower_bound(target: np.ndarray, operators: Sequence[Operator], weight: Weight) -> float | None:
+    """No sum of members of the same architectures has a smaller weighted error; ``None`` where nothing is known.
+
+    The largest of
+
+    - ``sqrt(t)`` times the bound without a weight, ``t`` the product of the least eigenvalues of its sides;
+    - low-rank + Monarch or Block Tensor-Train: :func:`.weighted_bounds.two_factor_bound` with the ranks added;
+    - low-rank + entries on a support, with a weight ``C`` of the columns alone: half of the rows has a support on some columns
+      only, whose errors can do no more than leave the Schur complement ``C / C_support`` to the others; there the sum has
+      rank ``q``, so that the tail of the singular values of ``W_rest (C / C_support)^(1/2)`` bounds the error (Eckart-Young).
+
+    The first and the third are left out for a nearly singular weight, the first for more than 1024 rows or columns too.
+    """
+    plain = lower_bound(target, operators)
+    sides = [side.matrix for side in (weight.columns, weight.rows) if side is not None]
+    found = []
+    if plain is not None and not weight.ridge and max(map(len, sides)) <= AFFORDABLE:
+        lowest = [eigvalsh(c)[[0, -1]] for c in sides]
+        share = math.prod(
+            max(0.0, float(low) - 4.0 * _EPS * len(c) * float(high))
+            for (low, high), c in zip(lowest, sides, strict=True)
+        )
+        found.append(math.sqrt(share) * plain)
+    for first, second in (operators, operators[::-1]) if len(operators) == 2 else ():
+        if type(first) is LowRank and type(second) in (Monarch, BlockTensorTrain):
+            counts = _counts(second)
+            if counts is not None:
+                l, k, rank = counts
+                place = Place(layout((target.shape[0], target.shape[1]), (l, k), type(second) is BlockTensorTrain))
+                found.append(safe(two_factor_bound(Classes(target, place, weight), rank, first.rank), target, weight))
+        elif type(first) is LowRank and isinstance(second, SUPPORTED) and weight.rows is None and not weight.ridge:
+            found.append(safe(_beside(target, second, first.rank, weight), target, weight))
+    return max(found, default=None)
+
+
+def _beside(target: np.ndarray, second: Operator, rank: int, weight: Weight) -> float:
+    """The weighted error that a matrix of a rank leaves where the support of the other term ends, both halves of the rows."""
+    matrix = weight.columns.matrix if weight.columns is not None else np.eye(target.shape[1])
+    taken, total = _support(second, (target.shape[0], target.shape[1])), 0.0
+    half = (target.shape[0] + 1) // 2
+    for rows in (slice(0, half), slice(half, None)):
+        inside = taken[rows].any(axis=0)
+        c, link = matrix[np.ix_(~inside, ~inside)], matrix[np.ix_(inside, ~inside)]
+        if inside.any() and c.size:
+            c = c - link.conj().T @ np.linalg.solve(matrix[np.ix_(inside, inside)], link)
+        values, vectors = eigh((c + c.conj().T) / 2) if c.size else (np.zeros(0), c)
+        values = np.maximum(0.0, values - 4.0 * _EPS * len(matrix) * float(np.linalg.norm(matrix, 2)))
+        rest = target[rows][:, ~inside] @ (vectors * np.sqrt(values))
+        if rest.size:
+            total += max(0.0, truncated(rest, rank).bound)
+    return math.sqrt(total)
+
+
 def _blocks(target: np.ndarray, first: Operator, second: Operator) -> list[tuple[np.ndarray, int]]:
     """Disjoint (stacks of) blocks and the rank that the sum has in each."""
     shape = (target.shape[0], target.shape[1])
-    supported = isinstance(second, (Diagonal, BlockDiagonal, BlockSparse))
+    supported = isinstance(second, SUPPORTED)
     if type(first) is LowRank and type(second) in (Monarch, BlockTensorTrain):
         counts = _counts(second)
         if counts is None:

@@ -38,7 +38,7 @@ def project_block_diagonal(target: np.ndarray, request: Request) -> Solution:
     if isinstance(request.blocks, tuple):
         raise ValueError(f"blocks: BlockDiagonal takes one number of blocks, got {request.blocks}")
     if request.free:
-        count = choose(_block_counts(target), request)[0]
+        count = choose(block_ladders(target), request)[0]
     else:
         count = split_counts(request.blocks, (min(m, n), min(m, n)))[0]
     p, q = ceil_div(m, count), ceil_div(n, count)
@@ -48,7 +48,7 @@ def project_block_diagonal(target: np.ndarray, request: Request) -> Solution:
     return Solution(operator, outside, "entries on the blocks (optimal)")
 
 
-def _block_counts(target: np.ndarray) -> list[Ladder]:
+def block_ladders(target: np.ndarray) -> list[Ladder]:
     """Size and error of every number of blocks, from sums along the rows: ``O(m)`` for each after one pass."""
     m, n = target.shape
     squares = np.square(np.abs(target))

@@ -1,4 +1,4 @@
-"""Batched SVD: what every projection rests on, with a second driver and bounds that survive rounding."""
+"""Truncated SVDs of stacks of blocks: what every projection rests on, with bounds that survive rounding."""
 
 from __future__ import annotations
 
@@ -8,40 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structmat.projection.drivers import eigh, eigvalsh, svd
+
 GRAM_SIDE = 64  # larger Gram matrices cost more than the projection that they certify
 _EPS = float(np.finfo(np.float64).eps)
 _PIECE = 1 << 18  # entries of a stack worked on at a time
 _LONG = 16  # columns from which BLAS is faster than a ufunc
 _CANCELLED = 1e-3  # share of the squared norm below which an error is not taken as a difference of squares
 _TRUSTED = 1e9  # the rounding of a Gram matrix must be this much smaller than the error that is read off it
-
-
-def svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thin SVD ``(u, s, vh)`` of a stack ``(..., b, c)``; LAPACK's ``gesvd`` where ``gesdd`` does not converge.
-
-    Raises ``LinAlgError`` that names the block for which neither driver converges.
-    """
-    try:
-        return np.linalg.svd(blocks, full_matrices=False)
-    except np.linalg.LinAlgError:
-        return _svd_one_by_one(blocks)
-
-
-def _svd_one_by_one(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    import scipy.linalg
-
-    *batch, b, c = blocks.shape
-    flat = blocks.reshape(-1, b, c)
-    parts = []
-    for i, block in enumerate(flat):
-        try:
-            parts.append(scipy.linalg.svd(block, full_matrices=False, lapack_driver="gesvd"))
-        except np.linalg.LinAlgError as error:
-            raise np.linalg.LinAlgError(
-                f"project: the SVD of block {i} of {len(flat)} ({b}x{c}) converged neither with gesdd nor with gesvd"
-            ) from error
-    u, s, vh = (np.stack(part) for part in zip(*parts, strict=True))
-    return u.reshape(*batch, *u.shape[1:]), s.reshape(*batch, *s.shape[1:]), vh.reshape(*batch, *vh.shape[1:])
 
 
 class Truncation(NamedTuple):
@@ -107,22 +81,34 @@ def _two_rows(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, 
 
     Like :func:`_gram` it fills ``u`` and ``y`` and returns the squared error and its bound.
     """
+    if blocks.strides[-1] != blocks.itemsize:
+        blocks = np.ascontiguousarray(blocks)
     t0, t1 = blocks[..., 0, :], blocks[..., 1, :]
-    a, d = np.real(_dot(t0, t0)), np.real(_dot(t1, t1))
-    h = np.asarray(_dot(t1, t0))
-    size = np.abs(h)
-    angle = 0.5 * np.arctan2(2.0 * size, a - d)
+    a, d, h = _energy(t0), _energy(t1), np.asarray(_dot(t1, t0))
+    size, difference = np.abs(h), a - d
+    gap = np.hypot(difference, 2.0 * size)
+    tied = gap <= _EPS * blocks.shape[-1] * (a + d)
+    if tied.any():  # every u is as good: one and the same in all such blocks leaves more for the splits that follow
+        h, size, difference = np.where(tied, 1.0, h), np.where(tied, 1.0, size), np.where(tied, 0.0, difference)
+    angle = 0.5 * np.arctan2(2.0 * size, difference)
     phase = np.divide(h, size, out=np.ones_like(h), where=size > 0)
     u0, u1 = np.cos(angle) * phase, np.sin(angle)
     u[..., 0, 0], u[..., 1, 0] = u0, u1
     _combine(u0.conj(), u1, blocks, y)
     total = float((a + d).sum())
-    discarded = float((0.5 * (a + d - np.hypot(a - d, 2.0 * size))).sum())
+    discarded = float((0.5 * (a + d - gap)).sum())
     if discarded < _CANCELLED * total:  # the difference has lost its digits: take the residual itself
         rest = np.empty_like(y)
         _combine(-u1, u0, blocks, rest)
-        discarded = float(np.vdot(rest, rest).real)
+        discarded = float(_energy(rest).sum())
     return discarded, discarded
+
+
+def _energy(x: np.ndarray) -> np.ndarray:
+    """``sum abs(x)**2`` along the last axis."""
+    if x.dtype.kind == "c":
+        x = x.view(np.float64)  # half the multiplications
+    return np.real(_dot(x, x))
 
 
 def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -150,7 +136,7 @@ def _by_gram(blocks: np.ndarray, rank: int) -> Truncation:
     blocks = np.ascontiguousarray(blocks)
     adjoint = blocks.conj().swapaxes(-1, -2)
     try:
-        values, vectors = np.linalg.eigh(blocks @ adjoint if b <= c else adjoint @ blocks)
+        values, vectors = eigh(blocks @ adjoint if b <= c else adjoint @ blocks)
     except np.linalg.LinAlgError:
         return _by_svd(blocks, rank)
     vectors = vectors[..., ::-1][..., :rank]
@@ -178,7 +164,7 @@ def _coupling(y: np.ndarray, rest: np.ndarray) -> float:
     where ``gap = min eig A - max eig B``.
     """
     links = np.square(np.abs(y @ rest.conj().swapaxes(-1, -2))).sum(axis=(-1, -2))
-    kept = np.linalg.eigvalsh(y @ y.conj().swapaxes(-1, -2))[..., 0]
+    kept = eigvalsh(y @ y.conj().swapaxes(-1, -2))[..., 0]
     gap = kept - np.square(np.abs(rest)).sum(axis=(-1, -2))
     blind = (gap <= 0.0) & (links > 0.0)
     return math.inf if blind.any() else float(np.divide(links, gap, out=np.zeros_like(gap), where=gap > 0.0).sum())
@@ -188,14 +174,6 @@ def _by_svd(blocks: np.ndarray, rank: int) -> Truncation:
     u, s, vh = svd(blocks)
     tail = float(tails(s)[rank]) ** 2
     return Truncation(u[..., :rank], s[..., :rank, None] * vh[..., :rank, :], tail, tail)
-
-
-def singular_values(blocks: np.ndarray) -> np.ndarray:
-    """Singular values ``(..., min(b, c))`` of a stack ``(..., b, c)``, largest first."""
-    try:
-        return np.linalg.svd(blocks, compute_uv=False)
-    except np.linalg.LinAlgError:
-        return _svd_one_by_one(blocks)[1]
 
 
 def left_svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -258,6 +236,26 @@ def gram_tail(blocks: np.ndarray, rank: int) -> float:
     small = total = 0.0
     for part in pieces(wide.shape):
         piece = np.ascontiguousarray(wide[part])
-        eigenvalues = np.linalg.eigvalsh(piece @ piece.conj().swapaxes(-1, -2))
+        eigenvalues = eigvalsh(piece @ piece.conj().swapaxes(-1, -2))
         small, total = small + float(eigenvalues[..., : side - rank].sum()), total + float(eigenvalues.sum())
     return math.sqrt(max(0.0, small - _EPS * max(b, c) * total))
+
+
+def gram_error(grams: np.ndarray, rank: int, length: int, floor: float) -> float:
+    """:func:`gram_tail` of blocks with these Gram matrices ``(..., side, side)``, summed over ``length`` entries.
+
+    0 where it cannot be larger than ``floor``, as powers of the matrices tell without their eigenvalues: the largest one is at
+    least ``(tr G^16 / tr G^8)**(1/8)``.
+    """
+    traces = np.trace(grams, axis1=-2, axis2=-1).real[..., None, None]
+    total = float(traces.sum())
+    if rank == 1 and floor > 0.0:
+        power = np.divide(grams, traces, out=np.zeros_like(grams), where=traces > 0.0)
+        for _ in range(2):
+            power = power @ power
+        eighth, last = (np.square(np.abs(x)).sum(axis=(-2, -1)) for x in (power, power @ power))
+        least = np.divide(last, eighth, out=np.zeros_like(eighth), where=eighth > 0.0) ** 0.125
+        if total - float((least * traces[..., 0, 0]).sum()) <= floor**2:
+            return 0.0
+    small = float(eigvalsh(grams)[..., :-rank].sum())
+    return math.sqrt(max(0.0, small - _EPS * length * total))

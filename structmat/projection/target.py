@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -11,6 +12,7 @@ from structmat import arrays
 from structmat.algebra import Sum
 from structmat.arrays import Array
 from structmat.operator import Operator
+from structmat.projection.certificate import frobenius
 from structmat.structures.external import as_operator
 
 
@@ -26,8 +28,7 @@ def read(W: Any) -> tuple[Array, np.ndarray]:
     exact = np.complex128 if arrays.is_complex(source.dtype) else np.float64
     host = source.detach().cpu() if arrays.kind(source) == "torch" else source
     target = arrays.convert(arrays.cast(host, arrays.dtype_for(np.dtype(exact), arrays.kind(host))), "numpy")
-    finite = np.isfinite(target)
-    if not finite.all():
+    if not math.isfinite(frobenius(target)) and not (finite := np.isfinite(target)).all():
         bad = np.argwhere(~finite)
         first = tuple(int(i) for i in bad[0])
         raise ValueError(f"W: {len(bad)} of {target.size} entries are NaN or infinite, the first at {first}")
@@ -56,10 +57,10 @@ def like(operator: Operator, source: Array) -> Operator:
 
 def safe_scale(target: np.ndarray) -> float:
     """A power of two that brings extreme entries to about 1; 1 for others, so that squares neither over- nor underflow."""
-    complex_values = np.iscomplexobj(target)
-    largest = float(np.max(np.abs(target))) if complex_values else float(max(np.max(target), -np.min(target)))
-    if largest == 0.0 or 1e-100 < largest < 1e100:
+    norm = frobenius(target)
+    if norm == 0.0 or (norm < 1e100 and norm > 1e-100 * math.sqrt(target.size)):
         return 1.0
+    largest = float(np.max(np.abs(target)))
     return float(np.exp2(np.floor(np.log2(largest))))
 
 

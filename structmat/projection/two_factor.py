@@ -8,13 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from structmat.operator import Operator
 from structmat.patterns import AxisOrder
+from structmat.projection.drivers import singular_values
 from structmat.projection.hierarchical import project_train
 from structmat.projection.interpolative import interpolate_blocks
 from structmat.projection.selection import Ladder, Request, Solution, choose
-from structmat.projection.svd import Truncation, safe_bound, singular_values, tails, truncated
+from structmat.projection.svd import Truncation, safe_bound, tails, truncated
 from structmat.structures.block_tensor_train import BlockTensorTrain
-from structmat.structures.chain import ceil_div, split_counts
+from structmat.structures.chain import Chain, ceil_div, split_counts
 from structmat.structures.monarch import Monarch
 
 _TIE = 1e-12  # relative squared error below which two axis orders are equally good
@@ -60,6 +62,12 @@ class Place(NamedTuple):
 
     layout: Layout
     strided: bool = False
+
+
+def place_of(operator: Chain) -> tuple[Place, int]:
+    """Where the two factors of a projected Monarch or Block Tensor-Train matrix fit, and the rank of its blocks."""
+    (_, l, s, kr), (k, _, _, p) = (f.shape for f in operator.factors)
+    return Place(Layout(l, k, s, p, operator.out_order is not None), operator.in_order is not None), kr // k
 
 
 def nearest_pair(
@@ -119,6 +127,13 @@ def project_two_factor(target: np.ndarray, request: Request) -> Solution:
             raise ValueError(f"interpolative: only for two cores, got cores={request.cores}")
         return project_train(target, request)
     shape = (target.shape[0], target.shape[1])
+    left, right, bound, place = nearest_pair(target, request, candidates(request, shape))
+    name = _method(request, place) + (", interpolative form" if request.interpolative else "")
+    return Solution(member(left, right, place, request, shape), bound, name)
+
+
+def candidates(request: Request, shape: tuple[int, int]) -> list[Place]:
+    """The layouts that the caller's ``blocks`` and ``layout`` leave open."""
     counts = [split_counts(request.blocks, shape)]
     if request.free and request.blocks is None:
         counts += [(2**i, 2**i) for i in range(1, 32) if 4**i <= min(shape)]
@@ -127,19 +142,21 @@ def project_two_factor(target: np.ndarray, request: Request) -> Solution:
     if request.limit is not None and request.blocks is None:
         saved = 1 if request.interpolative else 0
         fitting = [a for a in places if a.layout.step - saved * a.layout.l * a.layout.k <= request.limit]
-        places = fitting or [Place(layout(shape, (1, 1), contiguous), strided) for contiguous, strided in orders[:1]]
-    left, right, bound, place = nearest_pair(target, request, list(dict.fromkeys(places)))
+        places = fitting or [Place(layout(shape, (1, 1), rows), cols) for rows, cols in orders[:1]]
+    return list(dict.fromkeys(places))
+
+
+def member(left: np.ndarray, right: np.ndarray, place: Place, request: Request, shape: tuple[int, int]) -> Operator:
+    """The operator of a pair ``(l, s, k*r)``, ``(k, r*l, p)``, in the family and the form asked for."""
     l, k, s, p, contiguous = place.layout
     family = BlockTensorTrain if request.family is BlockTensorTrain else Monarch
-    operator = family._rebuild(
+    chain = family._rebuild(
         (left[None], right[:, None]),
         shape,
         AxisOrder((s, l), (1, 0)) if contiguous else None,
         AxisOrder((p, k), (1, 0)) if place.strided else None,
     )
-    if request.interpolative:
-        return Solution(interpolate_blocks(operator), bound, f"{_method(request, place)}, interpolative form")
-    return Solution(operator, bound, _method(request, place))
+    return interpolate_blocks(chain) if request.interpolative else chain
 
 
 def axis_orders(request: Request) -> list[tuple[bool, bool]]:

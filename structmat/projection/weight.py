@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import eigh
 from structmat.projection.permutation import View
 
 RIDGE = 1e-6  # relative ridge of solvers that divide by a weight which is singular or nearly so
@@ -35,7 +36,7 @@ class Metric:
         """``S (n, n)`` with ``S S^H = matrix``: Cholesky, the eigenvectors where the matrix is singular."""
         if self.triangle is not None:
             return self.triangle
-        values, vectors = np.linalg.eigh(self.matrix)
+        values, vectors = eigh(self.matrix)
         return vectors * np.sqrt(np.maximum(values, 0.0))
 
     @cached_property

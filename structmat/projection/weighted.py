@@ -12,10 +12,11 @@ import numpy as np
 from structmat import arrays
 from structmat.arrays import Array
 from structmat.projection.certificate import Projection, dense
+from structmat.projection.drivers import svd
 from structmat.projection.interpolative import interpolate
 from structmat.projection.permutation import View
 from structmat.projection.selection import Ladder, Request, Solution, choose, infeasible, unreachable
-from structmat.projection.svd import svd, tails, truncate
+from structmat.projection.svd import tails, truncate
 from structmat.projection.target import like, rounding, safe_scale, scaled
 from structmat.projection.weight import Weight
 from structmat.projection.weighted_chain import weighted_butterfly, weighted_chain
@@ -60,12 +61,13 @@ def project_weighted(
     weight: Weight,
     mean: np.ndarray | None,  # (n,)
     started: float,
+    solver: Solver = solve,
 ) -> Projection:
     """The projection with its exact error in the norm of the weight, and the bias that makes the mean output exact."""
     scale = safe_scale(target)
     prepared = target if scale == 1.0 else target / scale
     request = replace(request, norm=weight.norm(prepared), rounding=rounding(source))
-    solution = solve(view.of(prepared), request, weight.seen(view))
+    solution = solver(view.of(prepared), request, weight.seen(view))
     operator = like(scaled(view.back(solution.operator), scale), source)
     difference = target - dense(operator)
     error, norm = weight.norm(difference), request.norm * scale

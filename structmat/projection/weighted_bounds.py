@@ -6,13 +6,16 @@ import math
 
 import numpy as np
 
+from structmat.projection.drivers import eigvalsh
 from structmat.projection.weighted_classes import Classes, Side, triangular_inverse
 
 AFFORDABLE = 1024  # inputs up to which the least eigenvalue of the weight is worth its cost
 
 
-def two_factor_bound(classes: Classes, rank: int) -> float:
+def two_factor_bound(classes: Classes, rank: int, shared: int = 0) -> float:
     """A lower bound of the weighted error of every matrix of ``l x k`` blocks of a rank; 0 where none is known.
+
+    With ``shared``, of every such matrix plus one of that rank: a row class has rank ``k r + shared``, a block ``r + shared``.
 
     The largest of three, for ``E = W - A`` and ``C`` the weight of the columns:
 
@@ -29,16 +32,16 @@ def two_factor_bound(classes: Classes, rank: int) -> float:
     ``m^2 n / l`` and ``n^3``.
     """
     if classes.columns is None and classes.rows is not None:
-        return two_factor_bound(classes.transposed(), rank)
+        return two_factor_bound(classes.transposed(), rank, shared)
     sides = [side for side in (classes.columns, classes.rows) if side is not None]
     found = [0.0]
     if not any(side.ridge for side in sides):
         share = math.prod(least_eigenvalue(side) for side in sides)
-        found.append(math.sqrt(share) * float(classes.errors[min(rank, len(classes.errors) - 1)]))
+        found.append(math.sqrt(share) * float(classes.errors[min(rank + shared, len(classes.errors) - 1)]))
         if classes.rows is None and classes.columns is not None:
-            found.append(_one_class(classes, classes.columns, rank))
+            found.append(_one_class(classes, classes.columns, rank + shared))
     if classes.rows is None and classes.columns is not None:
-        found.append(_row_classes(classes, classes.columns, rank))
+        found.append(_row_classes(classes, classes.columns, classes.at.k * rank + shared))
     return max(found)
 
 
@@ -48,7 +51,7 @@ def least_eigenvalue(side: Side) -> float:
         return 1.0
     if len(side.coupling) > AFFORDABLE:
         return 0.0
-    lowest = float(np.linalg.eigvalsh(side.coupling)[0])
+    lowest = float(eigvalsh(side.coupling)[0])
     return max(0.0, lowest - 4.0 * np.finfo(np.float64).eps * len(side.coupling))
 
 
@@ -66,13 +69,13 @@ def _one_class(classes: Classes, side: Side, rank: int) -> float:
 
 def _row_classes(classes: Classes, side: Side, rank: int) -> float:
     l, k, s, p = classes.at[:4]
-    if k * rank >= s:
+    if rank >= s:
         return 0.0
     rows = np.ascontiguousarray(classes.blocks.transpose(1, 2, 0, 3)).reshape(l * s, k * p)
     weighted = (rows @ side.whole).reshape(l, s, k * p)
     gram = weighted @ rows.reshape(l, s, k * p).conj().swapaxes(-1, -2)
-    values = np.linalg.eigvalsh((gram + gram.conj().swapaxes(-1, -2)) / 2)
-    return math.sqrt(max(0.0, float(np.maximum(values, 0.0)[:, : s - k * rank].sum())))
+    values = eigvalsh((gram + gram.conj().swapaxes(-1, -2)) / 2)
+    return math.sqrt(max(0.0, float(np.maximum(values, 0.0)[:, : s - rank].sum())))
 
 
 def _tail(blocks: np.ndarray, rank: int) -> float:
@@ -81,5 +84,5 @@ def _tail(blocks: np.ndarray, rank: int) -> float:
     if rank >= min(s, p):
         return 0.0
     blocks = blocks if s <= p else blocks.swapaxes(-1, -2)
-    values = np.linalg.eigvalsh(blocks @ blocks.conj().swapaxes(-1, -2))
+    values = eigvalsh(blocks @ blocks.conj().swapaxes(-1, -2))
     return math.sqrt(max(0.0, float(np.maximum(values, 0.0)[..., : min(s, p) - rank].sum())))

@@ -14,9 +14,11 @@ from structmat.patterns import Pattern
 from structmat.projection.certificate import frobenius
 from structmat.projection.gradient import project_any_chain
 from structmat.projection.hierarchical import ORDERS, balance, check_chainable, pad, parameters, sweep
+from structmat.projection.links import apply, multiplied_out
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Request, Solution, allowed_error, infeasible, unreachable
 from structmat.projection.two_factor import Layout, Place
-from structmat.projection.weight import Weight, columns_of
+from structmat.projection.weight import Metric, Weight, columns_of
 from structmat.projection.weighted_bounds import AFFORDABLE, least_eigenvalue, two_factor_bound
 from structmat.projection.weighted_classes import Classes, Side, safe
 from structmat.projection.weighted_support import fit_support
@@ -58,38 +60,65 @@ def fit(target: np.ndarray, patterns: Sequence[Pattern], weight: Weight, request
         raise ValueError("permutation: 'search' is not for a weight; give the index arrays that it finds without one")
     if len(patterns) == 1:
         blocks = fit_support(target, patterns[0], weight)
-        error = weight.norm(target - expand([blocks], target.shape))
+        error = weight.norm(target - multiplied_out([blocks], target.shape))
         return Fit((blocks,), error, safe(error, target, weight), "weighted least squares on the support (optimal)")
-    last, wide = patterns[-1], pad(target, patterns)
-    columns = np.arange(last.cols).reshape(last.a, last.c, last.d).transpose(0, 2, 1).ravel()
-    side = Side(metric, columns, last.a * last.d)
-    blocks = (last.a, last.d)
-    white = _times(wide, columns, side.solid)
-    local = sweep(white, patterns, order)
+    last, wide, white = patterns[-1], pad(target, patterns), White(metric, patterns[-1])
+    side, local = white.side, sweep(white.matrix(wide), patterns, order)
     starts = []
-    for found, whitened in ((local, True), (sweep(wide, patterns, order, bounds=False), False)):
-        factors = (
-            found.factors if not whitened else _scaled(found.factors, side.inverse.reshape(*blocks, *last[2:3] * 2))
-        )
-        starts.append((weight.norm(target - expand(factors, target.shape)), factors))
+    for factors in (white.back(local.factors), tuple(sweep(wide, patterns, order, bounds=False).factors)):
+        starts.append((weight.norm(target - multiplied_out(factors, target.shape)), factors))
     error, factors = min(starts, key=lambda pair: pair[0])
     bound = 0.0
     if not side.ridge:
         bound = math.sqrt(least_eigenvalue(side)) * local.lower_bound
-    if improve and last.cols <= AFFORDABLE:
+    if improve and request.bound and last.cols <= AFFORDABLE:
         bound = max([bound, *split_bounds(target, patterns, weight)])
     name = "weighted hierarchical SVD"
     if side.decoupled and len(patterns) == 2:
         return Fit(balance(factors), error, safe(bound, target, weight), f"{name} (optimal)")
     if improve and error > EXACT * weight.norm(target):
-        square = last[2:3] * 2
-        prepared = _scaled(factors, side.solid.reshape(*blocks, *square))
-        improved, steps = descend(white, prepared, _coupled(side, columns))
-        improved = _scaled(improved, side.inverse.reshape(*blocks, *square))
-        better = weight.norm(target - expand(improved, target.shape))
+        improved, steps = white.descend(wide, factors, ITERATIONS, request.advance)
+        better = weight.norm(target - multiplied_out(improved, target.shape))
         if better < error:
             factors, error, name = improved, better, f"{name} + {steps} iterations of L-BFGS"
     return Fit(balance(factors), error, safe(bound, target, weight), name)
+
+
+class White:
+    """Coordinates in which the weight's blocks of the last factor of a chain are identities."""
+
+    def __init__(self, metric: Metric, last: Pattern) -> None:
+        self.order = np.arange(last.cols).reshape(last.a, last.c, last.d).transpose(0, 2, 1).ravel()  # by blocks
+        self.side = Side(metric, self.order, last.a * last.d)
+        self.stack = (last.a, last.d, last.c, last.c)
+
+    def matrix(self, wide: np.ndarray) -> np.ndarray:
+        """``W S`` with ``S`` those blocks' factors."""
+        count, q = self.side.solid.shape[:2]
+        blocks = wide[:, self.order].reshape(len(wide), count, q).transpose(1, 0, 2) @ self.side.solid
+        result = np.empty(wide.shape, blocks.dtype)
+        result[:, self.order] = blocks.transpose(1, 0, 2).reshape(len(wide), -1)
+        return result
+
+    def back(self, factors: Sequence[np.ndarray]) -> Factors:
+        """The chain times ``S^-1``: only the last factor changes."""
+        return (*factors[:-1], factors[-1] @ self.side.inverse.reshape(self.stack))
+
+    def descend(
+        self, wide: np.ndarray, factors: Sequence[np.ndarray], iterations: int, advance: Advance = quiet
+    ) -> tuple[Factors, int]:
+        """:func:`descend` in these coordinates, from there and back."""
+        prepared = (*factors[:-1], factors[-1] @ self.side.solid.reshape(self.stack))
+        inverse = np.argsort(self.order)
+        coupling = self.side.coupling[np.ix_(inverse, inverse)]
+        improved, steps = descend(self.matrix(wide), prepared, coupling, advance, iterations)
+        return self.back(improved), steps
+
+
+def step(target: np.ndarray, chain: Chain, weight: Weight, iterations: int) -> Chain:
+    """The chain after a few iterations of L-BFGS on all factors, from where it is; for one without axis orders."""
+    white = White(columns_of(weight), chain.patterns[-1])
+    return chain.with_factors(balance(white.descend(pad(target, chain.patterns), chain.factors, iterations)[0]))
 
 
 def split_bounds(target: np.ndarray, patterns: Sequence[Pattern], weight: Weight) -> list[float]:
@@ -112,46 +141,13 @@ def _product(patterns: Sequence[Pattern]) -> Pattern:
     return result
 
 
-def _times(wide: np.ndarray, order: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """``W S`` with ``S`` block-diagonal in an order of the columns."""
-    count, q = factors.shape[:2]
-    sorted_columns = wide[:, order].reshape(len(wide), count, q).transpose(1, 0, 2) @ factors
-    result = np.empty(wide.shape, sorted_columns.dtype)
-    result[:, order] = sorted_columns.transpose(1, 0, 2).reshape(len(wide), -1)
-    return result
-
-
-def _coupled(side: Side, order: np.ndarray) -> np.ndarray:
-    """The weight with white blocks, in the order of the columns."""
-    inverse = np.argsort(order)
-    return side.coupling[np.ix_(inverse, inverse)]
-
-
-def _scaled(factors: Sequence[np.ndarray], blocks: np.ndarray) -> Factors:
-    """The chain times a block-diagonal matrix on the right: only the last factor changes."""
-    return (*factors[:-1], factors[-1] @ blocks)
-
-
-# ---- chains of plain arrays ----------------------------------------------------------------------------------------------
-
-
-def apply(factor: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A factor with blocks ``(a, d, b, c)`` times a matrix ``(a c d, N)``."""
-    a, d, b, c = factor.shape
-    z = factor @ y.reshape(a, c, d, -1).swapaxes(1, 2)
-    return z.swapaxes(1, 2).reshape(a * b * d, -1)
-
-
-def expand(factors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """The dense matrix of a chain, cut to ``shape``."""
-    a, d, _, c = factors[-1].shape
-    dense = np.eye(a * c * d, dtype=factors[-1].dtype)
-    for factor in reversed(factors):
-        dense = apply(factor, dense)
-    return dense[: shape[0], : shape[1]]
-
-
-def descend(target: np.ndarray, start: Sequence[np.ndarray], gram: np.ndarray) -> tuple[Factors, int]:
+def descend(
+    target: np.ndarray,
+    start: Sequence[np.ndarray],
+    gram: np.ndarray,
+    advance: Advance = quiet,
+    iterations: int = ITERATIONS,
+) -> tuple[Factors, int]:
     """Factors with a smaller ``tr(E C E^H)``, ``E`` the target minus the chain, and the number of iterations.
 
     Cost of an iteration: ``m n^2``, and ``m n b`` for each factor; memory ``n^2`` for each factor.
@@ -187,9 +183,9 @@ def descend(target: np.ndarray, start: Sequence[np.ndarray], gram: np.ndarray) -
     first = np.concatenate([f.ravel() for f in start]).astype(dtype).view(np.float64)
     scale, steps, x = 1.0, 0, first
     scale = objective(x)[0] or 1.0
-    while steps < ITERATIONS:  # anew where the error has shrunk so far that its decrease counts for nothing
-        options = {"maxiter": ITERATIONS - steps, "maxfun": 2 * ITERATIONS, "ftol": 1e-6, "gtol": 0.0, "maxcor": 20}
-        result = minimize(objective, x, jac=True, method="L-BFGS-B", options=options)
+    while steps < iterations:  # anew where the error has shrunk so far that its decrease counts for nothing
+        options = {"maxiter": iterations - steps, "maxfun": 2 * iterations, "ftol": 1e-6, "gtol": 0.0, "maxcor": 20}
+        result = minimize(objective, x, jac=True, method="L-BFGS-B", options=options, callback=lambda _: advance(1, 1))
         x, steps = np.ascontiguousarray(result.x), steps + max(1, int(result.nit))
         if not 0.0 < result.fun < 0.5:
             break
@@ -222,7 +218,7 @@ def fit_any(target: np.ndarray, request: Request, weight: Weight) -> Solution:
     gram = np.eye(cols, dtype=metric.matrix.dtype)  # the padding is not seen, but stays near zero
     gram[: len(metric.solid), : len(metric.solid)] = metric.solid
     wide = np.pad(target, [(0, rows - target.shape[0]), (0, cols - target.shape[1])])
-    factors, steps = descend(wide, plain.operator.factors, gram)
+    factors, steps = descend(wide, plain.operator.factors, gram, request.advance)
     better = plain.operator.with_factors(factors)
     errors = [weight.norm(target - x.to_dense()) for x in (plain.operator, better)]
     name = f"{plain.method} + {steps} iterations of weighted L-BFGS" if errors[1] < errors[0] else plain.method

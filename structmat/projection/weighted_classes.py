@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from structmat.projection.certificate import frobenius
+from structmat.projection.drivers import eigh, svd
 from structmat.projection.permutation import View
-from structmat.projection.svd import svd, tails
+from structmat.projection.svd import tails
 from structmat.projection.two_factor import Layout, Place, blocks_of
 from structmat.projection.weight import Metric, Weight
 
@@ -144,7 +145,7 @@ class Side:
             self.whole[i * q : (i + 1) * q, : i * q].any() for i in range(1, count)
         )  # Hermitian: the other half is its adjoint
         if metric.ridge:
-            values, vectors = np.linalg.eigh(diagonal)
+            values, vectors = eigh(diagonal)
             self.factors = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]  # S S^H = C_kk, singular or not
             self.damped, diagonal = blocks(metric.solid)
             self.solid = np.linalg.cholesky(diagonal)

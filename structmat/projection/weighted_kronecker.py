@@ -11,6 +11,7 @@ import numpy as np
 
 from structmat.algebra import Sum
 from structmat.projection.certificate import dense, frobenius
+from structmat.projection.drivers import eigvalsh, singular_values
 from structmat.projection.kronecker import (
     Shapes,
     cheapest_split,
@@ -21,8 +22,9 @@ from structmat.projection.kronecker import (
     unfold,
     unfolding_bound,
 )
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, infeasible, unreachable
-from structmat.projection.svd import singular_values, tails
+from structmat.projection.svd import tails
 from structmat.projection.weight import Metric, Weight, columns_of
 from structmat.projection.weighted_classes import safe
 from structmat.structures.kronecker import Kronecker, kronecker_shapes
@@ -46,7 +48,8 @@ class Fit(NamedTuple):
 class Unfolded:
     """A target and its weight seen through the shapes of Kronecker factors: what all numbers of terms share."""
 
-    def __init__(self, target: np.ndarray, shapes: Shapes, weight: Weight) -> None:
+    def __init__(self, target: np.ndarray, shapes: Shapes, weight: Weight, advance: Advance = quiet) -> None:
+        self.advance = advance
         self.target, self.shapes, self.weight, self.metric = target, shapes, weight, columns_of(weight)
         self.white, self.inverses, self.share = whitened(target, shapes, self.metric)
         two = len(shapes) == 2
@@ -61,7 +64,7 @@ class Unfolded:
         start = min(starts, key=lambda fit: fit.error)
         if start.error <= EXACT * norm or (self.share == 1.0 and len(self.shapes) == 2):
             return start
-        found, history = alternate(self.target, start.terms, self.shapes, self.metric)
+        found, history = alternate(self.target, start.terms, self.shapes, self.metric, self.advance)
         return min(start, self.exact(found, history), key=lambda fit: fit.error)
 
     def nearest(self, matrix: np.ndarray, terms: int) -> Terms:
@@ -107,7 +110,7 @@ def whitened(target: np.ndarray, shapes: Shapes, metric: Metric) -> tuple[np.nda
         return white, inverses, 1.0
     adjoints = [x.conj().T for x in inverses]
     coupling = apply_right(apply_right(metric.solid, adjoints).conj().T, adjoints)
-    lowest = 0.0 if metric.ridge else float(np.linalg.eigvalsh((coupling + coupling.conj().T) / 2)[0])
+    lowest = 0.0 if metric.ridge else float(eigvalsh((coupling + coupling.conj().T) / 2)[0])
     return white, inverses, max(0.0, min(1.0, lowest) - 8.0 * _EPS * len(coupling))
 
 
@@ -125,7 +128,9 @@ def unwhitened(terms: Terms, inverses: Sequence[np.ndarray]) -> Terms:
     return [[f @ x for f, x in zip(factors, inverses, strict=True)] for factors in terms]
 
 
-def alternate(target: np.ndarray, terms: Terms, shapes: Shapes, metric: Metric) -> tuple[Terms, list[float]]:
+def alternate(
+    target: np.ndarray, terms: Terms, shapes: Shapes, metric: Metric, advance: Advance = quiet
+) -> tuple[Terms, list[float]]:
     """Better terms and the damped error after every sweep, which never grows: all terms' ``i``-th factors at once.
 
     With the other factors ``P_t`` fixed, ``sum_t A_t (x) P_t`` is linear in the ``A_t``, whose normal equations are
@@ -140,6 +145,7 @@ def alternate(target: np.ndarray, terms: Terms, shapes: Shapes, metric: Metric) 
     terms, history = [list(factors) for factors in terms], []
     best = [list(factors) for factors in terms]
     for _ in range(SWEEPS):
+        advance(1, 1)
         rest = energy
         for i in range(count):
             _normalise(terms, i)
@@ -210,7 +216,7 @@ def weighted_kronecker(target: np.ndarray, request: Request, weight: Weight) -> 
         splits = near_square_splits(shape)
         if request.limit is not None:
             splits = [a for a in splits if parameters(a) <= request.limit] or [cheapest_split(shape)]
-    seen = [Unfolded(target, a, weight) for a in splits]
+    seen = [Unfolded(target, a, weight, request.advance) for a in splits]
     if request.tol is not None:
         chosen, found = _smallest(seen, request)
     elif request.limit is not None:

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from structmat.patterns import AxisOrder
 from structmat.projection.certificate import frobenius
-from structmat.projection.interpolative import interpolate_blocks
+from structmat.projection.drivers import eigh, svd
+from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
-from structmat.projection.svd import fill, svd
-from structmat.projection.two_factor import Layout, Place, axis_orders, layout
+from structmat.projection.svd import fill
+from structmat.projection.two_factor import Layout, Place, candidates, member
 from structmat.projection.weight import Weight
 from structmat.projection.weighted_bounds import two_factor_bound
 from structmat.projection.weighted_chain import weighted_train
 from structmat.projection.weighted_classes import Classes, Pair, safe, truncated
-from structmat.structures.block_tensor_train import BlockTensorTrain
-from structmat.structures.chain import split_counts
-from structmat.structures.monarch import Monarch
 
 SWEEPS = 20
 STALLED = 3e-3  # relative decrease of the error in one sweep at which the descent stops
@@ -30,6 +27,7 @@ def descend(
     start: tuple[np.ndarray, np.ndarray],  # u (k, l, s, r), v (k, l, r, p)
     columns: np.ndarray | None,  # (k p, k p), the identity in every diagonal block
     rows: np.ndarray | None,  # (l s, l s), likewise
+    advance: Advance = quiet,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """Better factors and the error after every sweep, which never grows: each block in turn gets its best rank-r value.
 
@@ -50,6 +48,7 @@ def descend(
     norm = frobenius(white)
     history = [_energy(white - x, gradient)]
     while len(history) <= SWEEPS and history[-1] > EXACT * norm:
+        advance(1, 1)
         before = (u.copy(), v.copy())
         accurate = history[-1] <= 1e-6 * norm  # where Gram matrices would lose what is left
         for j in groups:
@@ -89,13 +88,13 @@ def best_rank(z: np.ndarray, rank: int, accurate: bool) -> tuple[np.ndarray, np.
         u, values, vh = svd(z)
         return u[..., :rank], values[..., :rank, None] * vh[..., :rank, :]
     if s <= p:
-        u = np.linalg.eigh(z @ zh)[1][..., -rank:]
+        u = eigh(z @ zh)[1][..., -rank:]
         return u, u.conj().swapaxes(-1, -2) @ z
-    v = np.linalg.eigh(zh @ z)[1][..., -rank:]
+    v = eigh(zh @ z)[1][..., -rank:]
     return z @ v, v.conj().swapaxes(-1, -2)
 
 
-def fit(classes: Classes, rank: int, norm: float) -> Pair:
+def fit(classes: Classes, rank: int, norm: float, advance: Advance = quiet) -> Pair:
     """The best pair of factors found: closed form where the classes are independent, else descent from it.
 
     The unweighted projection is the other start, where its weighted error is lower: the result is never worse than it.
@@ -107,16 +106,16 @@ def fit(classes: Classes, rank: int, norm: float) -> Pair:
     left, right = truncated(classes.blocks, *factors, classes.parts, kept)
     if classes.decoupled:
         return classes.pair(left, right, closed=True)
-    found = improve(classes, left, right)
+    found = improve(classes, left, right, advance)
     if classes.ridge:  # the descent goes by the damped norm, in which an exact start is not exact
         found = min(classes.pair(left, right), found, key=lambda pair: pair.error)
     plain = classes.pair(*best_rank(classes.blocks, kept, accurate=False))
     if plain.error < found.error and found.error > EXACT * norm:
-        found = min(plain, improve(classes, plain.left, plain.right), key=lambda pair: pair.error)
+        found = min(plain, improve(classes, plain.left, plain.right, advance), key=lambda pair: pair.error)
     return found
 
 
-def improve(classes: Classes, left: np.ndarray, right: np.ndarray) -> Pair:
+def improve(classes: Classes, left: np.ndarray, right: np.ndarray, advance: Advance = quiet) -> Pair:
     """The pair after descent, in whitened coordinates and back."""
     c, d = classes.columns, classes.rows
     u, v, blocks = left, right, classes.blocks
@@ -126,7 +125,8 @@ def improve(classes: Classes, left: np.ndarray, right: np.ndarray) -> Pair:
     if c is not None:
         v, blocks = v @ c.solid[:, None], blocks @ c.solid[:, None]
     white = np.ascontiguousarray(blocks.transpose(1, 2, 0, 3))
-    u, v, history = descend(white, (u, v), None if c is None else c.coupling, None if d is None else d.coupling)
+    coupling = (None if c is None else c.coupling, None if d is None else d.coupling)
+    u, v, history = descend(white, (u, v), *coupling, advance)
     if d is not None:
         u = d.inverse.conj().swapaxes(-1, -2) @ u
     if c is not None:
@@ -161,38 +161,21 @@ def weighted_two_factor(target: np.ndarray, request: Request, weight: Weight) ->
     elif request.limit is not None:
         ladders = [ladder(Classes(target, a, weight), request) for a in places]
         classes, rank = choose(ladders, request)
-        found = fit(classes, rank, request.norm)
+        found = fit(classes, rank, request.norm, request.advance)
     else:
-        fits = [(c, fit(c, request.rank or 1, request.norm)) for c in (Classes(target, a, weight) for a in places)]
+        every = [Classes(target, a, weight) for a in places]
+        fits = [(c, fit(c, request.rank or 1, request.norm, request.advance)) for c in every]
         classes, found = min(fits, key=lambda pair: pair[1].error)
-    at, left, right = classes.at, *stored(found, classes.at, None if request.interpolative else request.rank)
-    bound = found.error if found.closed else two_factor_bound(classes, found.left.shape[-1])
+    left, right = stored(found, classes.at, None if request.interpolative else request.rank)
+    bound = found.error if found.closed else 0.0
+    if request.bound and not found.closed:
+        bound = two_factor_bound(classes, found.left.shape[-1])
     name = "weighted blockwise SVD (optimal)"
     if not found.closed:
         name = f"weighted block coordinate descent, {max(0, len(found.history) - 1)} sweeps"
-    family = BlockTensorTrain if request.family is BlockTensorTrain else Monarch
-    chain = family._rebuild(
-        (left[None], right[:, None]),
-        shape,
-        AxisOrder((at.s, at.l), (1, 0)) if at.contiguous else None,
-        AxisOrder((at.p, at.k), (1, 0)) if classes.place.strided else None,
-    )
     name += ", interpolative form" if request.interpolative else ""
-    operator = interpolate_blocks(chain) if request.interpolative else chain
+    operator = member(left, right, classes.place, request, shape)
     return Solution(operator, safe(bound, target, weight), name, ridge=0.0 if found.closed else weight.ridge)
-
-
-def candidates(request: Request, shape: tuple[int, int]) -> list[Place]:
-    """The layouts that the caller's ``blocks`` and ``layout`` leave open."""
-    counts = [split_counts(request.blocks, shape)]
-    if request.free and request.blocks is None:
-        counts += [(2**i, 2**i) for i in range(1, 32) if 4**i <= min(shape)]
-    orders = axis_orders(request)
-    places = [Place(layout(shape, c, rows), cols) for c in counts for rows, cols in orders]
-    if request.limit is not None and request.blocks is None:
-        fitting = [a for a in places if a.layout.step <= (request.limit or 0)]
-        places = fitting or [Place(layout(shape, (1, 1), rows), cols) for rows, cols in orders[:1]]
-    return list(dict.fromkeys(places))
 
 
 def smallest(target: np.ndarray, request: Request, weight: Weight, places: Sequence[Place]) -> tuple[Classes, Pair]:
@@ -209,14 +192,14 @@ def smallest(target: np.ndarray, request: Request, weight: Weight, places: Seque
         if most < 1:
             continue
         classes = Classes(target, place, weight)
-        found = fit(classes, most, request.norm)
+        found = fit(classes, most, request.norm, request.advance)
         nearest = min(nearest, found.error)
         if not found.error <= allowed:
             continue
         low, high = 0, most  # `high` meets the tolerance, `low` does not
         while high - low > 1:
             middle = (low + high) // 2
-            tried = fit(classes, middle, request.norm)
+            tried = fit(classes, middle, request.norm, request.advance)
             low, high, found = (low, middle, tried) if tried.error <= allowed else (middle, high, found)
         best = classes, found
     if best is None:

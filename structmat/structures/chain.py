@@ -181,6 +181,9 @@ class Chain(Operator):
     def _add(self, x: Array, y: Array, rows: bool) -> bool:
         return self._plan().add(x, y, rows)
 
+    def _once(self, x: Array) -> Array:
+        return self._plan().once(x)
+
     def _explain(self, k: int, rows: bool) -> Explanation:
         return self._plan().explain(k, rows)
 

@@ -61,7 +61,7 @@ def numpy_seconds(s: Sizes, rates: Machine, k: int, rows: bool) -> float:
     traffic = 2 * k * (s.outputs + s.n) * s.itemsize
     moving = traffic / rates.bandwidth(traffic) * (1.5 if rows and k > 1 else 1.0)
     chunks = max(1, math.ceil(traffic / 2 / CHUNK_BYTES)) if rows else 1
-    blas = _blas_seconds(s.products, s.weights * s.itemsize, k, s.itemsize, rates)
+    blas = _blas_seconds(s.products, s.weights * s.itemsize, k, s.itemsize, rates) * (1.2 if rows and k > 1 else 1.0)
     return rates.call + chunks * s.blocks * rates.product + blas + moving
 
 

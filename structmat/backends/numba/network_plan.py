@@ -48,9 +48,12 @@ class NetworkPlan(NumbaPlan):
 
     def _levels(self, rows: bool, seconds: float) -> Callable[[], Apply]:
         n = self.sizes.n
-        function = self.transform.rows if rows else self.transform.columns
+        function, one = self.transform.rows if rows else self.transform.columns, self.transform.rows
 
         def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
+            if x.size == n and not add:
+                one(x[None], out[None], 0, 1)
+                return
             shape = (-1, n) if rows else (n, -1)
             x, target = x.reshape(shape), out.reshape(shape)
             result = np.empty_like(target) if add else target

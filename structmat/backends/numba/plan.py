@@ -88,14 +88,19 @@ class NumbaPlan:
 
     def rows(self, x: np.ndarray) -> np.ndarray:
         """``x A^T`` for ``x`` of shape ``(..., n)``."""
-        if x.dtype != self.dtype and x.size and np.result_type(x.dtype, self.dtype) == self.dtype:
-            x = x.astype(self.dtype)
-        apply = self._kernel(x.size // self.sizes.n, True) if x.dtype == self.dtype and x.size else None
+        if x.dtype != self.dtype or not x.size:
+            castable = x.size and np.result_type(x.dtype, self.dtype) == self.dtype
+            return self.rows(x.astype(self.dtype)) if castable else self.reference.rows(x)
+        apply = self._kernel(x.size // self.sizes.n, True)
         if apply is None:
             return self.reference.rows(x)
         y = _empty((*x.shape[:-1], self._m), self.dtype)
         apply(_flat(x), y.reshape(-1), 0)
         return y
+
+    def once(self, x: np.ndarray) -> np.ndarray:
+        """``A x`` by NumPy's plan, which needs no preparation."""
+        return self.reference.columns(x)
 
     def add(self, x: np.ndarray, out: np.ndarray, rows: bool = False) -> bool:
         """``out += A x`` (or ``x A^T``) in one pass; ``False``, and nothing done, where there is no kernel for it."""

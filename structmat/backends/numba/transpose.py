@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from numba import types
-from numba.core import cgutils
 
 from structmat.backends.numba.simd import ADDRESS, Emitter, inner, intrinsic, itemsize, lanes
 
@@ -34,28 +31,20 @@ def _edge(typingctx, one, source, lds, target, ldt, rows, columns, add):  # noqa
         _, source, lds, target, ldt, rows, columns, add = args
         e = Emitter(builder, one)
         lds, ldt = e.bytes(lds), e.bytes(ldt)
-        read, write = e.mask_below(columns), e.mask_below(rows)
+        read, write, nothing = e.mask_below(columns), e.mask_below(rows), e.mask_below(e.constant(0))
+        adding = builder.icmp_signed("!=", add, e.constant(0))
         loaded = []
         for i in range(e.lanes):
-            slot = cgutils.alloca_once_value(builder, e.zero())
-            with _when(builder, builder.icmp_signed("<", e.constant(i), rows)):
-                builder.store(e.load(e.row(source, i, lds), read), slot)
-            loaded.append(builder.load(slot))
+            mask = builder.select(builder.icmp_signed("<", e.constant(i), rows), read, nothing)
+            loaded.append(e.load(e.row(source, i, lds), mask))
         for j, row in enumerate(e.transposed(loaded)):
-            with _when(builder, builder.icmp_signed("<", e.constant(j), columns)):
-                place = e.row(target, j, ldt)
-                with builder.if_else(builder.icmp_signed("!=", add, e.constant(0))) as (then, otherwise):
-                    with then:
-                        e.store(builder.fadd(row, e.load(place, write)), place, write)
-                    with otherwise:
-                        e.store(row, place, write)
+            place = e.row(target, j, ldt)
+            mask = builder.select(builder.icmp_signed("<", e.constant(j), columns), write, nothing)
+            there = e.load(place, builder.select(adding, mask, nothing))
+            e.store(builder.select(adding, builder.fadd(row, there), row), place, mask)
         return context.get_dummy_value()
 
     return types.void(one, *[ADDRESS] * 7), codegen
-
-
-def _when(builder: Any, condition: Any) -> Any:
-    return builder.if_then(condition)
 
 
 @inner
