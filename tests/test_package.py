@@ -60,6 +60,7 @@ FLOORS = {  # who may import whom; a module on a line may import those named on 
     "planning": {"operator", "backends", "rules"},
     "testing": {"operator", "arrays"},
     "plotting": {"projection", "structures", "operator", "rules", "arrays"},
+    "nn": {"projection", "structures", "backends", "operator", "arrays", "patterns", "algebra"},
 }
 
 
@@ -87,6 +88,7 @@ def test_an_import_never_runs_upward(path):
 def test_optional_packages_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text())
     at_home = {"numba", "llvmlite"} if path.is_relative_to(ROOT / "backends" / "numba") else set()
+    at_home |= {"torch"} if path.is_relative_to(ROOT / "nn") else set()
     for node in tree.body:
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
