@@ -112,6 +112,11 @@ def copy(x: Array) -> Array:
     return x.clone() if kind(x) == "torch" else x.copy()
 
 
+def contiguous(x: Array) -> Array:
+    """The array in C order; itself where it is."""
+    return x.contiguous() if kind(x) == "torch" else namespace(x).ascontiguousarray(x)
+
+
 def values(x: Any, what: str, ndim: int = 0) -> Array:
     """An array of floating or complex values, checked: integers and booleans are promoted to the default float.
 
@@ -172,6 +177,8 @@ def operand(x: Any, owner: Any, what: str) -> Array:
                 f"{what}: expected an array or an operator, got {type(x).__name__}; "
                 "structmat.as_operator(x) takes SciPy's sparse matrices and LinearOperators"
             )
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{what}: a product with masked entries is not defined; use x.filled(0) or x.data")
     if k == "numpy" and x.dtype.kind not in "fciub":
         raise TypeError(f"{what}: expected numbers, got dtype {x.dtype}")
     own = owner.kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any, NamedTuple
 
 from structmat import rules
@@ -29,7 +30,7 @@ class Decision(NamedTuple):
 @rules.fallback("plan")
 def plan(operator: Operator, batch: int = 1, rows: bool = False) -> Decision:
     """The decision for ``A @ X`` with ``batch`` columns, or for ``X @ A.T`` with so many rows."""
-    if batch < 1:
+    if index(batch) < 1:
         raise ValueError(f"plan: expected a batch of at least 1, got {batch}")
     found = operator._explain(batch, rows)
     if found is not None:
@@ -46,7 +47,7 @@ def tune(operator: Operator | None = None, *, batch: int = 1, rows: bool = False
     ----------
     operator
         The operator whose kernels are timed, each a few times on random data; without one, the rates of the machine are
-        measured (about two seconds) and kept in the user's cache directory for later processes.
+        measured (about half a second) and kept in the user's cache directory for later processes.
     batch, rows
         As for ``A.plan``.
 
@@ -57,6 +58,8 @@ def tune(operator: Operator | None = None, *, batch: int = 1, rows: bool = False
 
     Raises
     ------
+    TypeError
+        For anything but an operator, or a batch that is not an integer.
     RuntimeError
         Without an operator where Numba is not installed: there is nothing to choose from.
     OSError
@@ -70,7 +73,11 @@ def tune(operator: Operator | None = None, *, batch: int = 1, rows: bool = False
     True
     """
     if operator is not None:
-        if batch < 1:
+        if not isinstance(operator, Operator):
+            raise TypeError(
+                f"tune: expected an operator, got {type(operator).__name__}; wrap it: structmat.as_operator(x)"
+            )
+        if index(batch) < 1:
             raise ValueError(f"tune: expected a batch of at least 1, got {batch}")
         _tune(operator, batch, rows)
         return plan(operator, batch, rows)

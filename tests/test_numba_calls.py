@@ -71,6 +71,22 @@ def test_operands_of_every_kind(dtype):
                 np.testing.assert_array_equal(operand, kept)
 
 
+@pytest.mark.parametrize("backend", ["numba", "numpy"])
+def test_masked_operands_are_refused(backend):
+    a = sm.Monarch.random((16, 16), rng=0)
+    x = np.ma.masked_array(np.ones((16, 3)), mask=np.eye(16, 3))
+    with sm.use_backend(backend):
+        for call in (
+            lambda: a @ x,
+            lambda: a @ x[:, 0],
+            lambda: x.T @ a.T,
+            lambda: a.matmat(x),
+            lambda: a.matvec(x[:, 0]),
+        ):
+            with pytest.raises(TypeError, match="masked"):
+                call()
+
+
 @on_all_dtypes
 def test_a_kernel_serves_all_batches_of_its_class(dtype):
     for a in (*operators(dtype), *composites(dtype)):

@@ -173,11 +173,3 @@ def test_order_of_least_work():
     shapes = [(2, 64), (64, 2)]  # from the right: 64 (2 64) + 64 (64 2), from the left: 2 (2 64) + 2 (64 2)
     _, steps = kron.plan(factors_of(shapes, np.float32), 64, 16)
     assert [step.factor for step in steps] == [0, 1]
-
-
-def test_empty_factors_have_no_program():
-    factors = [np.ones((3, 0), "f4"), np.ones((2, 2), "f4")]
-    assert kron.row_program(factors) is None
-    assert kron.column_program(factors, 16) is None
-    assert kron.best_rows(factors, 4) is None
-    assert kron.best_columns(factors, 4) is None

@@ -76,6 +76,24 @@ def test_a_split_batch_gives_the_same_bits(dtype, monkeypatch):
                 np.testing.assert_array_equal(results[0], results[2], err_msg=name)
 
 
+@on_all_dtypes
+@pytest.mark.parametrize("n", [512, 8192])
+def test_a_short_part_of_a_butterfly_gives_the_same_bits(n, dtype, monkeypatch):
+    """The last part has fewer samples than a vector has lanes: few samples alone would take another kernel."""
+    monkeypatch.setattr(threads, "SERIAL_SECONDS", 0.0)
+    for a in (sm.Butterfly.random((n, n), radix=2, dtype=dtype, rng=0), 0.5 * sm.hadamard(n, dtype)):
+        chosen = getattr(a, "operator", a)._plan()
+        for rows in (False, True):
+            x = entries((33, n) if rows else (n, 33), dtype, 1).reshape(-1)
+            apply = kernels(chosen, 33, rows)["levels"]
+            results = []
+            for count in (1, 2):
+                monkeypatch.setattr(threads, "get_num_threads", lambda count=count: count)
+                results.append(np.full(n * 33, np.nan, dtype))
+                apply(x, results[-1], 0)
+            np.testing.assert_array_equal(*results)
+
+
 def test_an_error_in_one_part_is_raised_when_all_parts_have_ended(monkeypatch):
     monkeypatch.setattr(threads, "get_num_threads", lambda: 3)
     ended = []
@@ -131,6 +149,14 @@ def test_scratch_is_aligned_kept_and_per_thread():
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(lambda scratch=scratch: scratch.grow(10_000)).result()
         assert not np.shares_memory(one, other)
+
+
+def test_a_huge_scratch_is_given_back(monkeypatch):
+    monkeypatch.setattr(threads, "KEPT_BYTES", 1 << 17)
+    scratch = threads.Scratch(np.dtype(np.float32))
+    small = scratch.grow(10_000)
+    assert scratch.grow(100_000).size >= 100_000
+    assert scratch.kept is small
 
 
 THREADS = """

@@ -17,7 +17,7 @@ from structmat.planning import Decision
 
 pytest.importorskip("numba")
 
-from structmat.backends.numba import machine, plan
+from structmat.backends.numba import machine, network_plan, plan
 
 SMALL = [pair for pair in small_market() if pair.operator.dtype.kind == "f"]
 
@@ -155,6 +155,40 @@ def test_the_dense_matrix_is_made_when_it_is_chosen():
     assert not any(key[0] == "dense" for key in large._plan()._made if isinstance(key, tuple))
 
 
+@pytest.mark.parametrize("shape", [(10, 3000), (3000, 10)])
+def test_the_dense_matrix_is_made_once_and_from_the_shorter_side(shape, monkeypatch):
+    sizes, eye = [], np.eye
+    monkeypatch.setattr(np, "eye", lambda n, *args, **options: sizes.append(n) or eye(n, *args, **options))
+    for a in (
+        sm.LowRank.random(shape, rank=10, rng=0),
+        sm.Kronecker.random(shape, shapes=[(2, 3000), (5, 1)] if shape[0] == 10 else [(3000, 2), (1, 5)], rng=0),
+    ):
+        x = entries((shape[1], 20), np.float64, 1)
+        _prefer(a._plan(), "dense")
+        assert a.plan(batch=20).kernel == a.plan(batch=20, rows=True).kernel == "dense"
+        assert sizes == [10]
+        expected = a._plan().reference.columns(x)
+        np.testing.assert_allclose(a @ x, expected, atol=1e-10)
+        np.testing.assert_allclose(x.T @ a.T, expected.T, atol=1e-10)
+        sizes.clear()
+
+
+def test_the_first_batch_does_not_decide_about_threads(monkeypatch):
+    """A kernel that is kept for all batches predicts its time per sample without what one call costs."""
+    predicted = []
+    for module in (plan, network_plan):
+        monkeypatch.setattr(module, "split", lambda *args: predicted.append(args[3]))
+    for a in (sm.Monarch.random((64, 64), rng=0), sm.hadamard(64)):
+        for rows in (False, True):
+            chosen = a._plan()
+            for kernel in chosen.candidates(2, rows, machine.Machine()):  # two samples come first
+                if kernel.name == "levels" or kernel.name.startswith("tile"):
+                    apply = kernel.make()
+                    later = {c.name: c.seconds for c in chosen.candidates(4096, rows, machine.Machine())}[kernel.name]
+                    apply(np.zeros(64 * 4096), np.zeros(64 * 4096), 0)
+                    assert 0.2 * later < predicted.pop() < 2 * later
+
+
 # ---- tune -----------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +231,29 @@ def test_tuning_with_a_real_clock():
     vector = sm.tune(a, batch=1)
     assert a.plan() == vector
     np.testing.assert_allclose(a @ np.arange(64.0), a.to_dense() @ np.arange(64.0), atol=1e-12)
+
+
+def test_tuning_makes_no_dense_matrix_in_vain(monkeypatch):
+    monkeypatch.setattr(plan, "_time", lambda function: 5e-6)
+    a = sm.Butterfly.random((4096, 4096), radix=2, dtype=np.float32, rng=0)
+    assert a.plan(batch=2).candidates[-1].kernel in ("dense", "numpy")
+    assert "dense" not in [candidate.kernel for candidate in sm.tune(a, batch=2).candidates]
+    assert a._plan()._matrix is None
+    times = iter([1.0] + [1e-3] * 10)
+    monkeypatch.setattr(plan, "_time", lambda function: next(times))
+    small = sm.Monarch.random((64, 64), rng=0)
+    assert small._plan().candidates(40, False, machine.Machine())[0].name == "dense"
+    decision = sm.tune(small, batch=40)
+    assert "dense" in [candidate.kernel for candidate in decision.candidates[1:]]
+    assert small._plan()._matrix() is None, "what lost is not kept"
+
+
+def test_tuning_takes_operators_and_whole_batches():
+    with pytest.raises(TypeError, match="expected an operator, got ndarray"):
+        sm.tune(np.eye(3))
+    for call in (sm.tune, sm.Operator.plan):
+        with pytest.raises(TypeError, match="float"):
+            call(sm.hadamard(4), batch=2.5)
 
 
 def test_tuning_a_composite_tunes_its_parts(monkeypatch):

@@ -25,6 +25,13 @@ class ChainLayout(NamedTuple):
     out_order: AxisOrder | None = None
     in_order: AxisOrder | None = None
 
+    @property
+    def T(self) -> ChainLayout:
+        """The layout of the transposed chain: its blocks are transposed and in reverse order."""
+        patterns = tuple(pattern.T for pattern in reversed(self.patterns))
+        out_order, in_order = (order.T if order else None for order in (self.in_order, self.out_order))
+        return ChainLayout(patterns, self.cols, self.rows, out_order, in_order)
+
 
 class Candidate(NamedTuple):
     """A kernel that a planner considered, with its predicted time."""

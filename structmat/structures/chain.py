@@ -15,14 +15,14 @@ import numpy as np
 
 from structmat import arrays
 from structmat.arrays import Array, DType
-from structmat.backends.base import ChainLayout, Explanation, Plan
-from structmat.backends.selection import backend_for
+from structmat.backends.base import Backend, ChainLayout, Plan
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder, Pattern, is_identity, near_square
 from structmat.structures import factor
+from structmat.structures.planned import Planned
 
 
-class Chain(Operator):
+class Chain(Planned):
     """Product ``out_order K_1 K_2 ... K_L in_order`` of Kronecker-sparse factors, ``K_L`` applied first.
 
     Factor ``K`` with blocks ``(a, d, b, c)`` is ``I_a (x) 1_{bxc} (x) I_d`` filled with ``a*d`` dense blocks of ``b x c``:
@@ -155,37 +155,19 @@ class Chain(Operator):
         """The same chain with other values, of the same patterns."""
         return self._rebuild(factors, self.shape[-2:], self.out_order, self.in_order)
 
+    def to_dense(self) -> Array:
+        """The dense matrix, an array ``(*batch, m, n)`` of the operator's library."""
+        if self.shape[-2] >= self.shape[-1]:
+            return super().to_dense()
+        return arrays.contiguous(
+            self.T.to_dense().swapaxes(-1, -2)
+        )  # the longer side's identity may not fit into memory
+
     # ---- applying -----------------------------------------------------------------------------------------------
 
-    def _plan(self) -> Plan:
-        backend = backend_for(self.kind)
-        plan = self._plans.get(backend)
-        if plan is None:
-            m, n = self.shape[-2:]
-            layout = ChainLayout(self.patterns, m, n, self.out_order, self.in_order)
-            plan = self._plans[backend] = backend.chain(layout, self.factors)
-        return plan
-
-    def _matmat(self, x: Array) -> Array:
-        return self._plan().columns(x)
-
-    def _rows(self, x: Array) -> Array:
-        return self._plan().rows(x)
-
-    def _columns_into(self, x: Array, out: Array) -> Array:
-        return self._plan().columns(x, out)
-
-    def _vector(self, x: Array) -> Array:
-        return self._plan().vector(x)
-
-    def _add(self, x: Array, y: Array, rows: bool) -> bool:
-        return self._plan().add(x, y, rows)
-
-    def _once(self, x: Array) -> Array:
-        return self._plan().once(x)
-
-    def _explain(self, k: int, rows: bool) -> Explanation:
-        return self._plan().explain(k, rows)
+    def _plan_by(self, backend: Backend) -> Plan:
+        m, n = self.shape[-2:]
+        return backend.chain(ChainLayout(self.patterns, m, n, self.out_order, self.in_order), self.factors)
 
     # ---- random members -----------------------------------------------------------------------------------------
 

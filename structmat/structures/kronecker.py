@@ -9,16 +9,16 @@ import numpy as np
 
 from structmat import arrays
 from structmat.arrays import Array, DType
-from structmat.backends.base import Explanation, LibraryPlan, Plan, cheapest_order
-from structmat.backends.selection import backend_for
+from structmat.backends.base import Backend, LibraryPlan, Plan, cheapest_order
 from structmat.operator import Operator, check_pair
 from structmat.patterns import near_square
 from structmat.structures.chain import check_size
 from structmat.structures.dense import Dense
 from structmat.structures.external import as_operator
+from structmat.structures.planned import Planned
 
 
-class Kronecker(Operator):
+class Kronecker(Planned):
     """Kronecker product ``A_1 (x) A_2 (x) ...`` of arrays or operators, rectangular, any number.
 
     ``(A_1 (x) A_2)[(i1 i2), (k1 k2)] = A_1[i1, k1] A_2[i2, k2]`` with ``i2``, ``k2`` fast, as ``numpy.kron``. Applied with
@@ -71,37 +71,10 @@ class Kronecker(Operator):
     def _rebuild(cls, *values: Any) -> Kronecker:
         return cls(*values[0])
 
-    def _plan(self) -> Plan:
-        backend = backend_for(self.kind)
-        plan = self._plans.get(backend)
-        if plan is None:
-            if all(type(f) is Dense for f in self.factors):
-                plan = backend.kron(tuple(f.array for f in self.factors))  # pyright: ignore[reportAttributeAccessIssue]
-            else:
-                plan = OperatorKronPlan(self.factors)
-            self._plans[backend] = plan
-        return plan
-
-    def _matmat(self, x: Array) -> Array:
-        return self._plan().columns(x)
-
-    def _rows(self, x: Array) -> Array:
-        return self._plan().rows(x)
-
-    def _columns_into(self, x: Array, out: Array) -> Array:
-        return self._plan().columns(x, out)
-
-    def _vector(self, x: Array) -> Array:
-        return self._plan().vector(x)
-
-    def _add(self, x: Array, y: Array, rows: bool) -> bool:
-        return self._plan().add(x, y, rows)
-
-    def _once(self, x: Array) -> Array:
-        return self._plan().once(x)
-
-    def _explain(self, k: int, rows: bool) -> Explanation:
-        return self._plan().explain(k, rows)
+    def _plan_by(self, backend: Backend) -> Plan:
+        if all(type(f) is Dense for f in self.factors):
+            return backend.kron(tuple(f.array for f in self.factors))  # pyright: ignore[reportAttributeAccessIssue]
+        return OperatorKronPlan(self.factors)
 
     def _transpose(self) -> Operator:
         return Kronecker(*(f.T for f in self.factors))

@@ -15,6 +15,7 @@ import numpy as np
 
 from structmat.backends.base import ChainLayout
 from structmat.backends.numba.program import (
+    FIELDS,
     GEMM,
     MEMORY,
     PACK,
@@ -28,10 +29,11 @@ from structmat.backends.numba.program import (
     instructions,
     merged,
 )
-from structmat.backends.numba.simd import VECTOR_BYTES
+from structmat.backends.numba.workspace import Workspace
 from structmat.patterns import Pattern
 
 MIN_RUN = 4  # rows of a product for which block order pays
+CONFLICT_BYTES = 2048  # blocks at a multiple of this distance collide in L1
 
 
 class Storage(NamedTuple):
@@ -42,25 +44,12 @@ class Storage(NamedTuple):
     start: int = 0
 
 
-class Workspace:
-    """Hands out places of the workspace; sizes in elements, ``width`` samples to a row."""
+class Tiles(Workspace):
+    """A workspace of rows of ``width`` samples."""
 
     def __init__(self, itemsize: int, width: int) -> None:
+        super().__init__(itemsize, CONFLICT_BYTES)
         self.width = width
-        self.lanes = VECTOR_BYTES // itemsize
-        self.page = 4096 // itemsize
-        self.total = 0
-
-    def take(self, elements: int) -> int:
-        """The offset of a new area."""
-        start = self.total
-        self.total += -(-elements // self.page) * self.page + self.lanes
-        return start
-
-    def pitch(self, rows: int) -> int:
-        """Elements from one block of ``rows`` rows to the next: not a multiple of a page, which would collide in L1."""
-        size = rows * self.width
-        return size + self.lanes if size % (self.page // 2) == 0 else size
 
     def natural(self, size: int) -> Storage:
         """Rows one after the other."""
@@ -70,7 +59,7 @@ class Workspace:
         """The inputs of a factor, those of one block after the other."""
         a, _, c, d = pattern
         i, k, l = np.ogrid[:a, :c, :d]
-        pitch = self.pitch(c)
+        pitch = self.pitch(c * self.width)
         return Storage(WORK, ((i * d + l) * pitch + k * self.width).ravel(), self.take(a * d * pitch))
 
     def between(self, consumer: Pattern, producer: Pattern) -> Storage:
@@ -95,7 +84,7 @@ def column_program(layout: ChainLayout, blocks: Sequence[np.ndarray], width: int
 
     ``None`` where an axis order scatters the inputs of one block: then the order needs a copy first.
     """
-    store = Workspace(blocks[0].itemsize, width)
+    store = Tiles(blocks[0].itemsize, width)
     source = Storage(X, operand_places(layout))
     parts = []
     for i in range(len(blocks) - 1, -1, -1):
@@ -120,7 +109,7 @@ def row_program(layout: ChainLayout, blocks: Sequence[np.ndarray], width: int) -
     present = operand_places(layout).reshape(a, c, d) >= 0
     if (present[:, 1:] > present[:, :-1]).any():
         return None
-    store = Workspace(blocks[0].itemsize, width)
+    store = Tiles(blocks[0].itemsize, width)
     source, packing = _packing(layout, store)
     parts: list[np.ndarray] = []
     for i in range(len(blocks) - 1, 0, -1):
@@ -198,7 +187,9 @@ def _products(pattern: Pattern, blocks: np.ndarray, source: Storage, target: Sto
     parts = []
     for block in everyone:
         found = template if alike[block] else [(j, length) for j, length, _, _ in runs(write[block])]
-        parts.append(rows(everyone[block : block + 1], found)[0] if found else np.empty((0, 19), dtype=np.int64))
+        parts.append(
+            rows(everyone[block : block + 1], found)[0] if found else np.empty((0, len(FIELDS)), dtype=np.int64)
+        )
     return Products(np.concatenate(parts), np.cumsum([0, *(len(part) for part in parts)]))
 
 
@@ -219,7 +210,7 @@ def _interleaved(products: Products, packing: dict[int, np.ndarray]) -> list[np.
     return parts
 
 
-def _packing(layout: ChainLayout, store: Workspace) -> tuple[Storage, dict[int, np.ndarray]]:
+def _packing(layout: ChainLayout, store: Tiles) -> tuple[Storage, dict[int, np.ndarray]]:
     """Where the operand's features are kept as lanes, and what copies them there, by the block before which it is due."""
     pattern = layout.patterns[-1]
     a, _, c, d = pattern
@@ -247,7 +238,7 @@ def _pack(layout: ChainLayout, feature: np.ndarray, count: object, place: object
 
 
 def _emission(
-    layout: ChainLayout, blocks: np.ndarray, source: Storage, packing: dict[int, np.ndarray], store: Workspace
+    layout: ChainLayout, blocks: np.ndarray, source: Storage, packing: dict[int, np.ndarray], store: Tiles
 ) -> list[np.ndarray]:
     """The first factor, its results transposed back into rows as soon as a vector of neighbours is complete."""
     a, b, _, d = pattern = layout.patterns[0]
@@ -274,7 +265,7 @@ def _emission(
 
     inside = results[:, :, 1:] >= 0
     if d >= lanes // 2 and (np.diff(results, axis=2)[inside] == 1).all():
-        pitch = store.pitch(b)  # results of neighbouring blocks are neighbours: a vector of blocks at a time
+        pitch = store.pitch(b * width)  # results of neighbouring blocks are neighbours: a vector of blocks at a time
         start = store.take(lanes * pitch)
         made = products(np.arange(b)[:, None] * width + np.arange(d) % lanes * pitch + np.zeros((a, 1, 1), int), start)
         for i, l in np.ndindex(a, -(-d // lanes)):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from structmat.backends.base import ChainLayout, Plan
 from structmat.backends.numba.chain import column_program, row_program
 from structmat.backends.numba.cost import Sizes, numpy_seconds, tile_seconds, vector_seconds
-from structmat.backends.numba.machine import Machine, machine
+from structmat.backends.numba.machine import Machine
 from structmat.backends.numba.merge import merged_chain
 from structmat.backends.numba.plan import Apply, Kernel, NumbaPlan
 from structmat.backends.numba.vector import vector_program
+from structmat.backends.numpy import NumpyBackend
 
 WIDTHS = {True: (1, 2, 4), False: (1, 2, 4, 8)}  # vectors of a tile, in rows and in columns
 
@@ -39,29 +40,33 @@ class NumbaChainPlan(NumbaPlan):
             Kernel("numpy", numpy_seconds(s, rates, k, rows), lambda: None),
         ]
         if rows or k == 1:
-            kernels.append(Kernel("vector", vector_seconds(s, rates, k), lambda: self._kept("vector", self._vector)))
+            kernels.append(
+                Kernel("vector", vector_seconds(s, rates, k), lambda: self._kept("vector", lambda: self._vector(rates)))
+            )
         for vectors in WIDTHS[rows]:
             width = vectors * s.lanes
             if vectors == 1 or width < 2 * k:
                 seconds = tile_seconds(s, rates, k, width, rows)
-                kernels.append(Kernel(f"tile {width}", seconds, self._tile(rows, width, seconds / k)))
+                kernels.append(Kernel(f"tile {width}", seconds, self._tile(rows, width, rates)))
         return kernels
 
-    def _tile(self, rows: bool, width: int, seconds: float):
+    def _tile(self, rows: bool, width: int, rates: Machine) -> Callable[[], Apply | None]:
         def make() -> Apply | None:
             program = (row_program if rows else column_program)(self.layout, self.blocks, width)
+            seconds = (tile_seconds(self.sizes, rates, width, width, rows) - rates.start) / width  # for any batch
             return None if program is None else self._programmed(program, seconds)
 
         return lambda: self._kept((rows, width), make)
 
-    def _vector(self) -> Apply | None:
+    def _vector(self, rates: Machine) -> Apply | None:
         """One sample after the other; a padded chain works on padded copies."""
         layout, s = self.layout, self.sizes
         whole = layout._replace(rows=layout.patterns[0].rows, cols=layout.patterns[-1].cols)
         program = vector_program(whole, self.blocks)
         if program is None:
             return None
-        inside = self._programmed(program, vector_seconds(s, machine(), 1), whole.rows, whole.cols)
+        seconds = vector_seconds(s, rates, 1) - rates.start
+        inside = self._programmed(program, seconds, whole.rows, whole.cols)
         if whole == layout:
             return inside
 
@@ -74,3 +79,6 @@ class NumbaChainPlan(NumbaPlan):
             target[...] = target + result[:, : s.m] if add else result[:, : s.m]
 
         return apply
+
+    def _transposed(self) -> Plan:
+        return NumpyBackend().chain(self.layout.T, [block.swapaxes(-1, -2) for block in reversed(self.blocks)])

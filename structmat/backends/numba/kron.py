@@ -1,5 +1,7 @@
 """Programs for Kronecker products: one factor at a time and, in all forms but one, without a transposition.
 
+Factors are dense, of one dtype, and not empty.
+
 With the other digits gathered into ``before`` and ``after``, factor ``i`` is ``before`` products
 ``F_i @ panel (n_i, after)``. The vectors of the machine run along ``after`` (in column layout: along the samples too).
 Where ``after`` is 1, the operand is the broadcast one instead and the transposed factor the vector operand:
@@ -33,6 +35,7 @@ from structmat.backends.numba.program import (
     instructions,
 )
 from structmat.backends.numba.simd import VECTOR_BYTES
+from structmat.backends.numba.workspace import Workspace
 
 ROWS_BYTES = 1 << 16  # of an intermediate of a tile of rows
 FLAT_BYTES = 1 << 25  # of a flat intermediate, which is not tiled
@@ -82,15 +85,15 @@ class Form(NamedTuple):
         return SAMPLES if self.times > 1 else 1
 
 
-def row_program(factors: Sequence[np.ndarray], width: int = 1) -> Program | None:
-    """The program for ``X (k, n)`` and ``Y (k, m)`` on tiles of ``width`` rows; ``None`` for an empty factor.
+def row_program(factors: Sequence[np.ndarray], width: int = 1) -> Program:
+    """The program for ``X (k, n)`` and ``Y (k, m)`` on tiles of ``width`` rows.
 
     A sample is one run of memory, and so are ``width`` of them: they only make ``before`` larger.
     """
     return _program(factors, Form(False, 1, width), width)
 
 
-def flat_program(factors: Sequence[np.ndarray], columns: int) -> Program | None:
+def flat_program(factors: Sequence[np.ndarray], columns: int) -> Program:
     """The program for ``columns`` columns as one sample: ``X.reshape(1, n k)`` and ``Y.reshape(1, m k)``, as rows.
 
     ``A X`` is ``kron(A, I_k)`` applied to the flat ``X``. Best where all of ``X`` fits the cache.
@@ -98,7 +101,7 @@ def flat_program(factors: Sequence[np.ndarray], columns: int) -> Program | None:
     return _program(factors, Form(False, columns), 1)
 
 
-def transposed_program(factors: Sequence[np.ndarray], width: int) -> Program | None:
+def transposed_program(factors: Sequence[np.ndarray], width: int) -> Program:
     """The program for ``X (k, n)`` and ``Y (k, m)`` that transposes tiles of ``width`` rows into columns and back.
 
     Best where the factors are odd or narrower than a vector, so that the samples fill the vectors instead.
@@ -106,18 +109,16 @@ def transposed_program(factors: Sequence[np.ndarray], width: int) -> Program | N
     return _program(factors, Form(False, width), width, pack=True)
 
 
-def column_program(factors: Sequence[np.ndarray], width: int) -> Program | None:
-    """The program for ``X (n, k)`` and ``Y (m, k)`` on tiles of ``width`` columns; ``None`` for an empty factor.
+def column_program(factors: Sequence[np.ndarray], width: int) -> Program:
+    """The program for ``X (n, k)`` and ``Y (m, k)`` on tiles of ``width`` columns.
 
     ``X`` is read and ``Y`` is written in place; intermediates are ``(size, width)`` in the workspace.
     """
     return _program(factors, Form(True, width), width)
 
 
-def best_rows(factors: Sequence[np.ndarray], samples: int) -> Program | None:
+def best_rows(factors: Sequence[np.ndarray], samples: int) -> Program:
     """The program for ``samples`` rows, of the forms above the one with the least modelled time."""
-    if any(f.size == 0 for f in factors):
-        return None
     itemsize = factors[0].itemsize
     lanes = VECTOR_BYTES // itemsize
     n, m = (math.prod(f.shape[axis] for f in factors) for axis in (1, 0))
@@ -130,14 +131,12 @@ def best_rows(factors: Sequence[np.ndarray], samples: int) -> Program | None:
     return row_program(factors, min(samples, max(1, ROWS_BYTES // largest)))
 
 
-def best_columns(factors: Sequence[np.ndarray], columns: int, flat: bool = True) -> Program | None:
+def best_columns(factors: Sequence[np.ndarray], columns: int, flat: bool = True) -> Program:
     """The program for so many columns; ``program.columns`` is false if it is :func:`flat_program` (where ``flat`` allows).
 
     A flat program is for exactly this number of columns. Tiles otherwise have up to eight vectors: as many contiguous
     bytes of each row of ``X``, against a page of addresses for each.
     """
-    if any(f.size == 0 for f in factors):
-        return None
     itemsize = factors[0].itemsize
     lanes = VECTOR_BYTES // itemsize
     n, m = (math.prod(f.shape[axis] for f in factors) for axis in (1, 0))
@@ -149,13 +148,11 @@ def best_columns(factors: Sequence[np.ndarray], columns: int, flat: bool = True)
     return column_program(factors, -(-vectors // tiles) * lanes)
 
 
-def _program(factors: Sequence[np.ndarray], form: Form, width: int, pack: bool = False) -> Program | None:
+def _program(factors: Sequence[np.ndarray], form: Form, width: int, pack: bool = False) -> Program:
     """The program of one form on tiles of ``width`` samples."""
-    if any(f.size == 0 for f in factors):
-        return None
     merged, steps = plan(factors, form.lanes, VECTOR_BYTES // factors[0].itemsize)
     n, m = (math.prod(f.shape[axis] for f in factors) for axis in (1, 0))
-    store = Workspace(factors[0].itemsize)
+    store = Workspace(factors[0].itemsize, CONFLICT_BYTES)
     zero = np.zeros((1, 1), np.int64)
     outside = 1 if form.columns else form.lanes
     alive: list[np.ndarray] = []
@@ -169,26 +166,6 @@ def _program(factors: Sequence[np.ndarray], form: Form, width: int, pack: bool =
         instructions(UNPACK, m=m, n=SAMPLES, a=(WORK, target.start[0]), a_rs=width, c=(Y, 0), c_ld=m, last=True),
     ]
     return assemble(parts, width, store.total, False, tuple(alive))
-
-
-class Workspace:
-    """Hands out areas of the workspace, in elements."""
-
-    def __init__(self, itemsize: int) -> None:
-        self.lanes = VECTOR_BYTES // itemsize
-        self.itemsize = itemsize
-        self.total = 0
-
-    def take(self, elements: int) -> int:
-        """The offset of a new area, one vector beyond a page."""
-        start = self.total
-        page = 4096 // self.itemsize
-        self.total += -(-elements // page) * page + self.lanes
-        return start
-
-    def pitch(self, elements: int) -> int:
-        """The distance of rows of so many elements: such that the rows of a panel do not collide in L1."""
-        return elements + self.lanes if elements * self.itemsize % CONFLICT_BYTES == 0 else elements
 
 
 def _steps_through(
@@ -291,8 +268,7 @@ def _elements(operand: str, values: np.ndarray, alive: list[np.ndarray]) -> dict
 def _rows(operand: str, values: np.ndarray, alive: list[np.ndarray]) -> dict[str, Any]:
     """Place and row stride of a vector operand: a copy whose rows begin with a vector and do not collide in L1."""
     rows, columns = values.shape
-    store = Workspace(values.itemsize)
-    pitch = store.pitch(columns)
+    pitch = Workspace(values.itemsize, CONFLICT_BYTES).pitch(columns)
     packed = empty((rows, pitch), values.dtype)
     packed[:, :columns] = values
     alive.append(packed)

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from structmat.backends.base import Plan, cheapest_order
+from structmat.backends.base import KronPlan, Plan, cheapest_order
 from structmat.backends.numba.cost import Sizes, kron_seconds, numpy_kron_seconds
 from structmat.backends.numba.kron import best_columns, best_rows
 from structmat.backends.numba.machine import Machine
 from structmat.backends.numba.plan import Apply, Kernel, NumbaPlan
-from structmat.backends.numba.program import Program
+
+KEPT = 32  # programs for different numbers of columns that a plan keeps
 
 
 class NumbaKronPlan(NumbaPlan):
@@ -43,32 +44,30 @@ class NumbaKronPlan(NumbaPlan):
         ]
 
     def _rows(self, k: int, seconds: float) -> Apply | None:
-        def make() -> Apply | None:
-            program = best_rows(self.factors, k)
-            return None if program is None else self._programmed(program, seconds)
-
-        return self._kept((True, k), make)
+        return self._kept((True, k), lambda: self._programmed(best_rows(self.factors, k), seconds))
 
     def _columns(self, seconds: float) -> Apply:
         """A kernel that makes a program for every number of columns it meets: some are for exactly one."""
         n = self.sizes.n
 
+        made_for: dict[int, Apply] = {}
+
         def made(k: int) -> Apply:
-            program = _required(best_columns(self.factors, k))
+            program = best_columns(self.factors, k)
             if program.columns:
                 return self._programmed(program, seconds)
             return self._programmed(program, seconds, self.sizes.m * k, n * k)
 
         def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
             k = x.size // n
-            kernel = self._kept((False, k), lambda: made(k))
-            if kernel is not None:
-                kernel(x, out, add)
+            kernel = made_for.get(k)
+            if kernel is None:
+                if len(made_for) >= KEPT:
+                    made_for.clear()
+                kernel = made_for.setdefault(k, made(k))
+            kernel(x, out, add)
 
         return apply
 
-
-def _required(program: Program | None) -> Program:
-    if program is None:
-        raise ValueError("a Kronecker product without values has no program")
-    return program
+    def _transposed(self) -> Plan:
+        return KronPlan([f.T for f in self.factors])

@@ -27,7 +27,7 @@ from structmat.backends.numba.radix import (
     run_tiles,
 )
 from structmat.backends.numba.simd import VECTOR_BYTES
-from structmat.backends.numba.threads import Scratch
+from structmat.backends.numba.threads import workspace
 
 BLOCK_BYTES = 1 << 18  # of an index block whose passes are done together, over all samples that share a weight
 TOGETHER = 4, 32  # bounds for the number of those samples
@@ -104,13 +104,16 @@ class Network:
         self._programs: dict[str, Program] = {}
 
     def columns(self, x: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
-        """Columns of ``x (n, k)``; few of them are transposed into rows, where no lane is empty."""
+        """Columns of ``x (n, k)``; few of them are transposed into rows, where no lane is empty.
+
+        The size of the whole batch chooses, here and in rows: no bit of a result depends on how the batch is split.
+        """
         k = stop - start
         if self.by_rows and x.shape[1] == 1:
             table, weights = self.program("rows")
             run_rows(table, weights, self.backward, self.scale, x, out, start, stop)
-        elif self.by_rows and k < self.lanes // 2:
-            work = self._scratch(k * self.n)[: k * self.n].reshape(k, self.n)
+        elif self.by_rows and x.shape[1] < self.lanes // 2:
+            work = workspace(self.dtype, k * self.n)[: k * self.n].reshape(k, self.n)
             np.copyto(work, x[:, start:stop].T)
             table, weights = self.program("rows")
             run_rows(table, weights, self.backward, self.scale, work, work, 0, k)
@@ -125,9 +128,7 @@ class Network:
 
     def rows(self, x: np.ndarray, out: np.ndarray, start: int, stop: int) -> None:
         """Rows of ``x (k, n)``."""
-        if self.by_rows and (
-            self.plain or self.n * self.dtype.itemsize <= ROWS_BYTES or stop - start < self.lanes // 2
-        ):
+        if self.by_rows and (self.plain or self.n * self.dtype.itemsize <= ROWS_BYTES or x.shape[0] < self.lanes // 2):
             table, weights = self.program("rows")
             run_rows(table, weights, self.backward, self.scale, x, out, start, stop)
         else:
@@ -137,13 +138,9 @@ class Network:
         self, x: np.ndarray, out: np.ndarray, start: int, stop: int, by_rows: bool | None, staged: bool | None
     ) -> None:
         table, weights = self.program("staged" if staged else "tiles")
-        work = self._scratch(int(table[2] * STRIP if staged else table[2] + 2 * self.n) * self.lanes + 16)
+        rows = int(table[2] * STRIP if staged else table[2] + 2 * self.n)
+        work = workspace(self.dtype, rows * self.lanes + 16)
         run_tiles(table, weights, self.scale, x, out, work, start, stop, by_rows, staged)
-
-    def _scratch(self, elements: int) -> np.ndarray:
-        """At least so many elements that belong to the calling thread."""
-        scratch = Scratch.of(self.dtype)
-        return scratch.kept if scratch.kept.size >= elements else scratch.grow(elements)
 
     def program(self, kind: str) -> Program:
         """The table and the weights of one of the interpreters, made when first asked for."""
@@ -187,7 +184,7 @@ def tile_program(
     leave: np.ndarray | None,
     staged: bool,
 ) -> Program:
-    """The table and the weights of :func:`radix.run_tiles` or, ``staged``, of :func:`radix.run_tiles`.
+    """The table and the weights of :func:`radix.run_tiles`, ``staged`` or not.
 
     A stage is one pass or two, and returns to the result. It maps every set of indices that differ in its bits alone to
     itself, by way of a workspace small enough for the first-level cache if it has two passes; each set is a segment.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +11,8 @@ from structmat.backends.numba.cost import Sizes, network_seconds, numpy_seconds
 from structmat.backends.numba.machine import Machine
 from structmat.backends.numba.plan import Apply, Kernel, NumbaPlan
 from structmat.backends.numba.threads import split
+
+GRAIN = 32  # samples that share a weight while it is in cache, and whole vectors of columns
 
 
 class Transform(Protocol):
@@ -43,11 +44,12 @@ class NetworkPlan(NumbaPlan):
         return [
             self._dense_kernel(k, rows, rates),
             Kernel("numpy", numpy_seconds(s, rates, k, rows), lambda: None),
-            Kernel("levels", seconds, lambda: self._kept(("levels", rows), self._levels(rows, seconds / k))),
+            Kernel("levels", seconds, lambda: self._kept(("levels", rows), lambda: self._levels(rows, rates))),
         ]
 
-    def _levels(self, rows: bool, seconds: float) -> Callable[[], Apply]:
+    def _levels(self, rows: bool, rates: Machine) -> Apply:
         n = self.sizes.n
+        seconds = (network_seconds(self.sizes, rates, GRAIN) - rates.start) / GRAIN  # for any batch
         function, one = self.transform.rows if rows else self.transform.columns, self.transform.rows
 
         def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
@@ -57,9 +59,8 @@ class NetworkPlan(NumbaPlan):
             shape = (-1, n) if rows else (n, -1)
             x, target = x.reshape(shape), out.reshape(shape)
             result = np.empty_like(target) if add else target
-            split(lambda start, stop: function(x, result, start, stop), x.size // n, grain, seconds * (x.size // n))
+            split(lambda start, stop: function(x, result, start, stop), x.size // n, GRAIN, seconds * (x.size // n))
             if add:
                 target += result
 
-        grain = 32  # samples that share a weight while it is in cache, and whole vectors of columns
-        return lambda: apply
+        return apply

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ from structmat.backends.numba.threads import Scratch, split
 
 Apply = Callable[[np.ndarray, np.ndarray, int], None]  # (x, out, add): flat, contiguous arrays; out = or += the product
 ALIGNED_BYTES = 1 << 16  # results from this size on begin at a cache line
-LARGE_CLASS = 8  # batches up to this have a choice each
+SMALL_BATCH = 8  # batches up to this have a choice each
+HOPELESS = 10.0  # times the best prediction: what tuning need not try (a large dense matrix may not fit into memory)
 
 
 class Kernel(NamedTuple):
@@ -54,7 +56,7 @@ class NumbaPlan:
         self._kernels: dict[tuple[bool, int], tuple[Apply | None, Explanation]] = {}
         self._made: dict[Any, Apply | None] = {}
         self._one: Apply | None = None
-        self._alive: list[Any] = []  # what the addresses in programs point to
+        self._matrix: weakref.ref[np.ndarray] | None = None
 
     # ---- applying -----------------------------------------------------------------------------------------------
 
@@ -74,6 +76,8 @@ class NumbaPlan:
             castable = x.size and x.dtype != self.dtype and np.result_type(x.dtype, self.dtype) == self.dtype
             return self.columns(x.astype(self.dtype), out) if castable else self.reference.columns(x, out)
         shape = self._m, x.shape[1]
+        if out is None and x.flags.f_contiguous and shape[1] > 1 and self._kernel(shape[1], True):
+            return self.rows(x.T).T  # columns of Fortran order are rows: no copy on the way in or out
         apply = self._kernel(shape[1], False)
         if apply is None:
             return self.reference.columns(x, out)
@@ -132,7 +136,11 @@ class NumbaPlan:
         x = rng.standard_normal((k, s.n) if rows else (s.n, k)).astype(self.dtype)
         out = np.empty((k, s.m) if rows else (s.m, k), self.dtype)
         timed: list[tuple[float, str, Apply | None]] = []
-        for kernel in self.candidates(k, rows, machine()):
+        kernels = self.candidates(k, rows, machine())
+        limit = HOPELESS * min(kernel.seconds for kernel in kernels)
+        for kernel in kernels:
+            if kernel.seconds > limit:
+                continue
             apply = kernel.make()
             if apply is not None:
                 seconds = _time(lambda apply=apply: apply(x.reshape(-1), out.reshape(-1), 0))
@@ -145,10 +153,13 @@ class NumbaPlan:
         found = Explanation(timed[0][1], tuple(Candidate(name, seconds) for seconds, name, _ in timed))
         self._kernels[rows, _class(k)] = timed[0][2], found
         self._one = None
+        used = [apply for apply, _ in self._kernels.values()]
+        if self._made.get(("dense", rows)) not in used:  # the dense matrix is not kept in vain
+            self._made.pop(("dense", rows), None)
 
     def _kernel(self, k: int, rows: bool) -> Apply | None:
         """The kernel for ``k`` samples; ``None`` for the NumPy plan."""
-        kept = self._kernels.get((rows, k if k <= LARGE_CLASS else _class(k)))
+        kept = self._kernels.get((rows, k if k <= SMALL_BATCH else _class(k)))
         return self._choose(k, rows) if kept is None else kept[0]
 
     def _choose(self, k: int, rows: bool) -> Apply | None:
@@ -170,27 +181,38 @@ class NumbaPlan:
         return self._made[key]
 
     def _dense_kernel(self, k: int, rows: bool, rates: Machine) -> Kernel:
-        return Kernel(
-            "dense", dense_seconds(self.sizes, rates, k), lambda: self._kept(("dense", rows), self._dense(rows))
-        )
+        seconds = dense_seconds(self.sizes, rates, k)
+        return Kernel("dense", seconds, lambda: self._kept(("dense", rows), lambda: self._dense(rows)))
 
-    def _dense(self, rows: bool) -> Callable[[], Apply]:
+    def _dense(self, rows: bool) -> Apply:
         m, n = self.sizes.m, self.sizes.n
+        matrix = self._dense_matrix()
 
-        def make() -> Apply:
-            matrix = self.reference.columns(np.eye(n, dtype=self.dtype))
+        def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
+            left, right = (x.reshape(-1, n), matrix.T) if rows else (matrix, x.reshape(n, -1))
+            target = out.reshape(-1, m) if rows else out.reshape(m, -1)
+            if add:
+                target += left @ right
+            else:
+                np.matmul(left, right, out=target)
 
-            def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
-                left, right = (x.reshape(-1, n), matrix.T) if rows else (matrix, x.reshape(n, -1))
-                target = out.reshape(-1, m) if rows else out.reshape(m, -1)
-                if add:
-                    target += left @ right
-                else:
-                    np.matmul(left, right, out=target)
+        return apply
 
-            return apply
+    def _dense_matrix(self) -> np.ndarray:
+        """The dense matrix: one for both layouts, for as long as a kernel uses it."""
+        matrix = self._matrix() if self._matrix else None
+        if matrix is None:
+            m, n = self.sizes.m, self.sizes.n
+            if m < n:  # the identity of the longer side may be far larger than the matrix
+                matrix = np.ascontiguousarray(self._transposed().columns(np.eye(m, dtype=self.dtype)).T)
+            else:
+                matrix = self.reference.columns(np.eye(n, dtype=self.dtype))
+            self._matrix = weakref.ref(matrix)
+        return matrix
 
-        return make
+    def _transposed(self) -> Plan:
+        """NumPy's plan of the transpose of an operator with more columns than rows."""
+        raise NotImplementedError
 
     def _programmed(self, program: Program, seconds: float, m: int | None = None, n: int | None = None) -> Apply:
         """The kernel that runs a program, on several threads where ``seconds`` per sample pay for them."""
@@ -198,7 +220,7 @@ class NumbaPlan:
         table, width, size, columns, _ = program
         scratch = Scratch.of(self.dtype)
 
-        def apply(x: np.ndarray, out: np.ndarray, add: int) -> None:
+        def apply(x: np.ndarray, out: np.ndarray, add: int, _alive: object = program.alive) -> None:
             k = x.size // n
             if k == 1:
                 work = scratch.kept
@@ -213,7 +235,6 @@ class NumbaPlan:
 
             split(part, k, width, seconds * k)
 
-        self._alive.append(program.alive)
         return apply
 
 
@@ -230,7 +251,7 @@ def _time(function: Callable[[], object]) -> float:
 
 def _class(k: int) -> int:
     """Batches that share a kernel: small ones by number, larger ones within a factor of two."""
-    return k if k <= LARGE_CLASS else LARGE_CLASS + k.bit_length()
+    return k if k <= SMALL_BATCH else SMALL_BATCH + k.bit_length()
 
 
 def _flat(x: np.ndarray) -> np.ndarray:

@@ -87,8 +87,8 @@ def merged(table: np.ndarray) -> np.ndarray:
 
 
 def assemble(parts: Iterable[np.ndarray], width: int, workspace: int, columns: bool, alive: tuple[Any, ...]) -> Program:
-    """The program of parts ``(instructions, len(FIELDS))``."""
-    return Program(np.concatenate([*parts]), width, workspace, columns, alive)
+    """The program of parts ``(instructions, len(FIELDS))``; its workspace is never empty: the dtype is read from it."""
+    return Program(np.concatenate([*parts]), width, max(workspace, 1), columns, alive)
 
 
 @njit(cache=True, nogil=True)

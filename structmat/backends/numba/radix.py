@@ -1,7 +1,7 @@
 """Networks of 2 x 2 products: some levels of a butterfly or Walsh-Hadamard transform per visit to memory.
 
 A kernel loads ``2^count`` vectors, applies ``count`` levels in registers and stores them; every level has a stride of its
-own on either side, so that any order of the bits of the index is a matter of planning (``butterfly.py``). Two
+own on either side, so that any order of the bits of the index is a matter of planning (``network.py``). Two
 interpreters run small integer tables: :func:`run_tiles`, where lanes are samples and a weight is broadcast to all, and
 :func:`run_rows`, where lanes are neighbouring indices of one sample and weights are vectors.
 
@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
-from structmat.backends.numba.simd import ADDRESS, REGISTERS, Emitter, intrinsic, itemsize, lanes
+from structmat.backends.numba.simd import ADDRESS, REGISTERS, Emitter, intrinsic, itemsize, lanes, prefetch
 from structmat.backends.numba.transpose import transpose
 
 MAX_LEVELS = 4 if REGISTERS == 32 else 3
@@ -86,20 +86,6 @@ def _places(e: Emitter, base: Any, strides: list[Any]) -> list[Any]:
     return places
 
 
-def _splat(e: Emitter, scalar: Any) -> Any:
-    """A number in all lanes."""
-    return e.shuffle(e.builder.insert_element(e.zero(), scalar, ir.IntType(32)(0)), e.zero(), [0] * e.lanes)
-
-
-def _prefetch(e: Emitter, places: Iterable[Any]) -> None:
-    """Ask for the lines at some addresses, which need not be valid: longer than a kernel is a cache miss."""
-    number, pointer = ir.IntType(32), ir.PointerType(ir.IntType(8))
-    kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
-    fetch = cgutils.get_or_insert_function(e.builder.module, kind, "llvm.prefetch.p0")
-    for place in places:
-        e.builder.call(fetch, [e.builder.inttoptr(place, pointer), number(0), number(3), number(1)])
-
-
 def levels(count: int, broadcast: bool):
     """The intrinsic that applies ``count`` levels to ``2^count`` vectors.
 
@@ -112,8 +98,8 @@ def levels(count: int, broadcast: bool):
         def codegen(context, builder, _signature, args):
             _, _, w, source, ahead, *s, target, t0, t1, t2, t3 = args
             e = Emitter(builder, one)
-            if not broadcast:
-                _prefetch(e, _places(e, ahead, s[:count]))
+            for place in () if broadcast else _places(e, ahead, s[:count]):
+                prefetch(builder, place)  # longer than a kernel is a cache miss
             weight = None if weights == types.none else _weights(e, w, broadcast)
             rows = [e.load(place) for place in _places(e, source, s[:count])]
             rows = _apply(e, rows, range(count), weight)
@@ -138,7 +124,8 @@ def inner(typingctx, one, weights, backward, w, source, ahead, target, scale):  
         e = Emitter(builder, one)
         weight = None if weights == types.none else _weights(e, w, broadcast=False)
         strides = [e.constant(e.lanes * e.size << t) for t in range(MAX_LEVELS)]
-        _prefetch(e, _places(e, ahead, strides))
+        for place in _places(e, ahead, strides):
+            prefetch(builder, place)
         rows = [e.load(place) for place in _places(e, source, strides)]
         within, across = range(e.lanes.bit_length() - 1), range(MAX_LEVELS)
         if backward == types.none:
@@ -146,7 +133,7 @@ def inner(typingctx, one, weights, backward, w, source, ahead, target, scale):  
         else:
             rows = _exchange(e, _apply(e, rows, across[::-1], weight), within[::-1], weight)
         if weight is None:
-            factor = _splat(e, scale)
+            factor = e.splat(scale)
             rows = [builder.fmul(factor, row) for row in rows]
         for row, place in zip(rows, _places(e, target, strides), strict=True):
             e.store(row, place)
@@ -162,7 +149,7 @@ def _copy(typingctx, one, source, lds, target, ldt, rows, count, scale):  # noqa
     def codegen(context, builder, _signature, args):
         _, source, lds, target, ldt, rows, count, scale = args
         e = Emitter(builder, one)
-        mask, factor = e.mask_below(count), _splat(e, scale)
+        mask, factor = e.mask_below(count), e.splat(scale)
         with cgutils.for_range(builder, rows) as loop:
             value = e.load(e.at(source, builder.mul(loop.index, lds)), mask)
             e.store(builder.fmul(factor, value), e.at(target, builder.mul(loop.index, ldt)), mask)

@@ -107,7 +107,11 @@ class Emitter:
     def broadcast(self, address: Any) -> Any:
         """One element in all lanes (the operand of a multiply-add with an embedded broadcast)."""
         pointer = self.builder.inttoptr(address, self.element.as_pointer())
-        return self._splat(self.builder.load(pointer), self.vector)
+        return self.splat(self.builder.load(pointer))
+
+    def splat(self, scalar: Any) -> Any:
+        """A number in all lanes."""
+        return self._splat(scalar, self.vector)
 
     def zero(self) -> ir.Constant:
         """A vector of zeros."""
@@ -172,15 +176,20 @@ def itemsize(typingctx, one):  # noqa: ARG001
     return types.intp(one), codegen
 
 
+def prefetch(builder: ir.IRBuilder, address: Any) -> None:
+    """Emit a request for the cache line of an address, which may be any number."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+    fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fn, [builder.inttoptr(address, byte), *(ir.Constant(flag, value) for value in (0, 3, 1))])
+
+
 @intrinsic
 def fetch(typingctx, address):  # noqa: ARG001
     """Ask for the cache line of an address, which may be any number."""
 
     def codegen(context, builder, signature, args):  # noqa: ARG001
-        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
-        fn = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(fn, [builder.inttoptr(args[0], byte), *(ir.Constant(flag, value) for value in (0, 3, 1))])
+        prefetch(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(ADDRESS), codegen

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numba import get_num_threads
 
 from structmat.backends.numba.memory import empty
 
+KEPT_BYTES = 1 << 27  # a larger workspace is given back after the call
 SERIAL_SECONDS = 1.5e-4  # predicted work below which a second thread costs more than it saves
 
 _pool: tuple[int, ThreadPoolExecutor] | None = None
@@ -29,9 +30,11 @@ class Scratch(threading.local):
         self.kept = np.empty(0, dtype)
 
     def grow(self, elements: int) -> np.ndarray:
-        """The array, of at least so many elements (and never empty: kernels read their dtype from it)."""
-        self.kept = empty((max(elements, 4096),), self.kept.dtype)
-        return self.kept
+        """The array, of at least so many elements."""
+        made = empty((max(elements, 4096),), self.kept.dtype)
+        if made.nbytes <= KEPT_BYTES:
+            self.kept = made
+        return made
 
     @staticmethod
     def of(dtype: np.dtype) -> Scratch:
@@ -44,8 +47,8 @@ _scratch = {char: Scratch(np.dtype(char)) for char in "fd"}
 
 def workspace(dtype: np.dtype, elements: int) -> np.ndarray:
     """The calling thread's scratch array of at least so many elements."""
-    scratch = Scratch.of(np.dtype(dtype))
-    return scratch.kept if scratch.kept.size >= max(elements, 1) else scratch.grow(elements)
+    scratch = Scratch.of(dtype)
+    return scratch.kept if scratch.kept.size >= elements else scratch.grow(elements)
 
 
 def split(part: Callable[[int, int], object], total: int, grain: int, seconds: float) -> None:
@@ -58,9 +61,17 @@ def split(part: Callable[[int, int], object], total: int, grain: int, seconds: f
         part(0, total)
         return
     bounds = [min(total, pieces * i // threads * grain) for i in range(threads + 1)]
-    pool = _executor(threads - 1)
-    others = [pool.submit(part, bounds[i], bounds[i + 1]) for i in range(1, threads)]
+    others: list[Future[object]] = []
     try:
+        pool = _executor(threads - 1)
+        first = pool.submit(part, bounds[1], bounds[2])
+    except RuntimeError:  # the interpreter is about to end and starts no more threads
+        part(0, total)
+        return
+    try:
+        others.append(first)
+        for i in range(2, threads):
+            others.append(pool.submit(part, bounds[i], bounds[i + 1]))
         part(bounds[0], bounds[1])
     finally:  # the result must not be left while somebody still writes to it
         errors = [error for other in others if (error := other.exception()) is not None]
