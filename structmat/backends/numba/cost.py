@@ -12,6 +12,8 @@ from typing import NamedTuple
 from structmat.backends.numba.machine import Machine
 from structmat.backends.numba.simd import VECTOR_BYTES
 
+SMALL = 1e6  # multiply-adds of a product that BLAS does without a copy
+FEW = 32  # samples below which BLAS is bound by its copies
 CHUNK_BYTES = 1 << 19  # of activations, in the NumPy chain's rows
 
 
@@ -37,22 +39,24 @@ def tile_seconds(s: Sizes, rates: Machine, k: int, width: int, rows: bool) -> fl
     tiles = math.ceil(k / width)
     padded = math.ceil(k / s.lanes) * s.lanes
     depth = s.products / s.outputs
-    efficiency = (0.55 if width == s.lanes else 0.85 if rows else 0.78) * depth / (depth + 3)
+    narrow = 0.7 if k <= s.lanes else 0.5
+    efficiency = (narrow if width == s.lanes else 0.85) * depth / (depth + 3)
     arithmetic = 2 * s.products * padded / (efficiency * rates.peak(s.itemsize))
     weights = s.weights * s.itemsize
     loading = tiles * weights / rates.bandwidth(weights)
     traffic = k * (s.m + s.n) * s.itemsize
     moving = traffic / rates.bandwidth(traffic) + (traffic / rates.near if rows else 0.0)
     inside = width * (s.outputs + s.n) * s.itemsize
-    spilling = tiles * inside / rates.shared if inside > rates.cache else 0.0
+    again = 2 if inside > rates.shared_cache else 1  # written and read at the speed of memory
+    spilling = again * tiles * inside / rates.bandwidth(inside) if inside > rates.cache else 0.0
     return rates.start + max(arithmetic, loading) + moving + spilling + tiles * s.blocks * rates.instruction
 
 
 def vector_seconds(s: Sizes, rates: Machine, k: int) -> float:
     """One sample after the other, each reading all weights."""
     size = s.weights * s.itemsize
-    arithmetic = 2 * s.products / (0.4 * rates.peak(s.itemsize))
-    reading = size / rates.bandwidth(size) * (1.0 if size <= rates.cache / 2 else 1.3)
+    arithmetic = 2 * s.products / (0.5 * rates.peak(s.itemsize))
+    reading = size / rates.bandwidth(size)
     return rates.start + k * (max(arithmetic, reading) + 1.5 * s.blocks * rates.instruction)
 
 
@@ -61,13 +65,13 @@ def numpy_seconds(s: Sizes, rates: Machine, k: int, rows: bool) -> float:
     traffic = 2 * k * (s.outputs + s.n) * s.itemsize
     moving = traffic / rates.bandwidth(traffic) * (1.5 if rows and k > 1 else 1.0)
     chunks = max(1, math.ceil(traffic / 2 / CHUNK_BYTES)) if rows else 1
-    blas = _blas_seconds(s.products, s.weights * s.itemsize, k, s.itemsize, rates) * (1.2 if rows and k > 1 else 1.0)
+    blas = _blas_seconds(s.products, s.blocks, k, s.itemsize, rates) * (1.2 if rows and k > 1 else 1.0)
     return rates.call + chunks * s.blocks * rates.product + blas + moving
 
 
 def dense_seconds(s: Sizes, rates: Machine, k: int) -> float:
     """One BLAS product with the dense matrix."""
-    return rates.dense + _blas_seconds(s.m * s.n, s.m * s.n * s.itemsize, k, s.itemsize, rates)
+    return rates.dense + _blas_seconds(s.m * s.n, 1, k, s.itemsize, rates)
 
 
 def kron_seconds(s: Sizes, rates: Machine, k: int) -> float:
@@ -94,8 +98,16 @@ def network_seconds(s: Sizes, rates: Machine, k: int) -> float:
     return rates.start + 2 * s.products * k / (0.3 * rates.peak(s.itemsize)) + moving
 
 
-def _blas_seconds(products: int, weights: float, k: int, itemsize: int, rates: Machine) -> float:
-    """BLAS on weights that are used for ``k`` samples; few samples do not pay for the copy that it makes of them."""
-    few = 1 < k < 48
-    arithmetic = 2 * products * k / ((0.4 if few else 0.9) * rates.peak(itemsize))
-    return max(arithmetic, weights / rates.bandwidth(weights) * (2.2 if few else 1.0))
+def _blas_seconds(products: int, blocks: int, k: int, itemsize: int, rates: Machine) -> float:
+    """BLAS on ``blocks`` matrices that are used for ``k`` samples.
+
+    It multiplies small ones in place; of others it first makes a copy, which few samples do not pay for.
+    """
+    size = products * itemsize
+    reading = size / rates.bandwidth(size)
+    if k == 1:
+        return 1.2 * reading  # row by row, not one stream
+    small = products * k <= SMALL * blocks
+    efficiency = 0.6 if small else 0.85 * min(1.0, k / FEW)
+    arithmetic = 2 * products * k / (efficiency * rates.peak(itemsize))
+    return max(arithmetic, reading * (2.2 if k < FEW and not small else 1.0))

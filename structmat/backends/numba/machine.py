@@ -30,7 +30,7 @@ class Machine(NamedTuple):
     far: float = 1.6e10  # bytes per second from memory
     cache: int = 1 << 20  # bytes of the second-level cache
     shared_cache: int = 1 << 24  # bytes of the shared cache that one core may count on
-    product: float = 4e-7  # seconds of one small product through BLAS, beside its flops
+    product: float = 1.5e-7  # seconds of one small product through BLAS, beside its flops
     call: float = 4e-6  # seconds of one NumPy chain, beside its products
     dense: float = 1.4e-6  # seconds of one dense product, beside its flops
     start: float = 2e-6  # seconds of one program, beside its instructions
