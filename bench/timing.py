@@ -99,14 +99,14 @@ def set_threads(count: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(count)
-    if importlib.util.find_spec("torch"):
-        import torch
-
-        torch.set_num_threads(count)
     if importlib.util.find_spec("numba"):
         import numba
 
         numba.set_num_threads(min(count, os.cpu_count() or 1))
+    if importlib.util.find_spec("torch"):  # last: starting Numba's pool changes torch's number
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def relative_error(result: Any, expected: np.ndarray) -> float:

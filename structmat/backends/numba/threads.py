@@ -10,11 +10,16 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
+import numba
 import numpy as np
-from numba import get_num_threads
+from numba.core import config
+from numba.np.ufunc import parallel
 
 from structmat.backends.numba.memory import empty
+
+_settings: Any = config
 
 KEPT_BYTES = 1 << 27  # a larger workspace is given back after the call
 SERIAL_SECONDS = 1.5e-4  # predicted work below which a second thread costs more than it saves
@@ -49,6 +54,11 @@ def workspace(dtype: np.dtype, elements: int) -> np.ndarray:
     """The calling thread's scratch array of at least so many elements."""
     scratch = Scratch.of(dtype)
     return scratch.kept if scratch.kept.size >= elements else scratch.grow(elements)
+
+
+def get_num_threads() -> int:
+    """Numba's number of threads, without starting its pool: that would change the number of threads of torch too."""
+    return numba.get_num_threads() if parallel._is_initialized else _settings.NUMBA_NUM_THREADS
 
 
 def split(part: Callable[[int, int], object], total: int, grain: int, seconds: float) -> None:
