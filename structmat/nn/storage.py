@@ -1,0 +1,270 @@
+"""Storage: models with structured layers in one safetensors file, their structure in its metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structmat.nn import huggingface
+from structmat.nn.layer import StructuredLinear
+from structmat.nn.modules import dense_class, is_dense_linear, mark, places, put, shape_of
+
+VERSION = 1  # of the metadata; a file of a later one is refused
+_KEY = "structmat"
+
+
+def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's tensors and the structure of its layers to a safetensors file, without pickle.
+
+    The metadata hold one JSON text with a version, the config of every structured layer, tensors that are stored under
+    another name (tied ones are stored once) and a checksum. The file is written beside its place and moved there, so that a
+    failed call leaves an older file as it was.
+
+    Parameters
+    ----------
+    model
+        Any module; one without structured layers is stored as well.
+    path
+        The file.
+
+    Raises
+    ------
+    ValueError
+        If a tensor has no values (meta device).
+    ImportError
+        If safetensors is missing.
+
+    Examples
+    --------
+    >>> import tempfile, torch, structmat.nn as snn
+    >>> model = torch.nn.Sequential(snn.StructuredLinear(8, 8, structure="low_rank", rank=2), torch.nn.Linear(8, 2))
+    >>> fresh = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     snn.save(model, f"{folder}/model.safetensors")
+    ...     fresh = snn.load(fresh, f"{folder}/model.safetensors")
+    >>> x = torch.randn(3, 8)
+    >>> bool((model(x) == fresh(x)).all())
+    True
+    """
+    write = _safetensors().torch.save_file
+    stored, aliases = _distinct(model.state_dict())
+    lost = [name for name, x in stored.items() if x.is_meta]
+    if lost:
+        raise ValueError(
+            f"save: {lost[0]} and {len(lost) - 1} more tensors are on the meta device: they have no values"
+        )
+    about = {
+        "version": VERSION,
+        "layers": describe(model),
+        "aliases": aliases,
+        "checksum": _checksum(stored),
+    }
+    target = Path(path)
+    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(stored, part, metadata={"format": "pt", _KEY: json.dumps(about, sort_keys=True)})
+        os.replace(part, target)
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Put structured layers and all tensors of a file written by :func:`save` into a model, strictly.
+
+    Every check comes before the first change: on any error the model is as it was.
+
+    Parameters
+    ----------
+    model
+        The dense model, one that has been converted in the same way, or one of these on the meta device. Tensors are cast to
+        its dtypes and moved to its devices (meta: those of the file, on the CPU).
+    path
+        The file.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model; another module only if the whole model is one linear layer.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged, not of :func:`save`, of a later version, or its layers, keys or shapes are not those of the model.
+    """
+    tensors, layers = _read(Path(path))
+    made: dict[str, StructuredLinear] = {}
+    for name, entry in layers.items():
+        layer = _build(model, name, entry)
+        made |= dict.fromkeys(places(model, name), layer)  # a module that is used twice is replaced twice
+    structured = {name for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
+    if structured - set(made):
+        names = ", ".join(sorted(structured - set(made)))
+        raise ValueError(
+            f"load: {names}: structured in the model, dense in the file; load into a model with them dense"
+        )
+    _compare(_expected(model, made), tensors, str(path))
+    for name in layers:
+        _fill(made[name], model.get_submodule(name), name, tensors)
+    for name, layer in made.items():  # nothing from here on can fail: keys and shapes have been compared
+        model = put(model, name, layer)
+    rest = {k: x for k, x in tensors.items() if _owner(k, made) is None}
+    state = model.state_dict()
+    model.load_state_dict(state | rest, strict=True, assign=any(state[k].is_meta for k in rest))
+    huggingface.attach(model)
+    return model
+
+
+def _fill(layer: StructuredLinear, old: torch.nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an empty layer its values, in the dtype and on the device of the one that it replaces."""
+    prefix, like = f"{name}." if name else "", next(old.parameters())
+    device = torch.device("cpu") if like.is_meta else like.device
+    state = {}
+    for key in layer.state_dict():
+        x = tensors[prefix + key]
+        state[key] = x.to(device, like.dtype if x.is_floating_point() and not like.is_meta else x.dtype).clone()
+    layer.load_state_dict(state, strict=True, assign=True)
+    layer.train(old.training)
+
+
+def describe(model: torch.nn.Module) -> dict[str, Any]:
+    """For the name of every structured layer its config and the class of dense layer that it stands for."""
+    return {
+        name: {"config": module.config, "class": dense_class(module)}
+        for name, module in model.named_modules()
+        if isinstance(module, StructuredLinear)
+    }
+
+
+def build(entry: Mapping[str, Any], device: Any = None, dtype: Any = None) -> StructuredLinear:
+    """An empty structured layer from its description.
+
+    Raises ``ValueError`` if the description is none.
+    """
+    try:
+        layer = StructuredLinear.from_config(entry["config"], device=device, dtype=dtype)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the description of a structured layer: {dict(entry)} ({error})") from error
+    mark(layer, entry.get("class", "Linear"))
+    return layer
+
+
+def _build(model: torch.nn.Module, name: str, entry: Mapping[str, Any]) -> StructuredLinear:
+    """The empty layer for a name, on the meta device, checked against what it replaces."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"load: the model has no layer {name!r}, which is structured in the file") from error
+    try:
+        layer = build(entry, "meta")
+    except ValueError as error:
+        raise ValueError(f"load: {name}: {error}") from error
+    if not (is_dense_linear(old) or isinstance(old, StructuredLinear)):
+        raise ValueError(f"load: {name}: expected a linear layer in the model, got {type(old).__name__}")
+    if shape_of(old) != shape_of(layer):
+        raise ValueError(f"load: {name}: the file has shape {shape_of(layer)}, the model {shape_of(old)}")
+    if (layer.bias is None) != (old.bias is None) and isinstance(old, StructuredLinear):
+        raise ValueError(f"load: {name}: a bias in {'the model' if layer.bias is None else 'the file'} alone")
+    return layer
+
+
+def _expected(model: torch.nn.Module, made: Mapping[str, StructuredLinear]) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of the model once the layers are in their places."""
+    expected = {k: x.shape for k, x in model.state_dict().items() if _owner(k, made) is None}
+    for name, layer in made.items():
+        expected |= {f"{name}.{k}" if name else k: x.shape for k, x in layer.state_dict().items()}
+    return expected
+
+
+def _compare(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise ``ValueError`` that names what is missing, too much or of another shape."""
+    found = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(expected)),
+        "of another shape": [
+            f"{k} {tuple(tensors[k].shape)} instead of {tuple(shape)}"
+            for k, shape in expected.items()
+            if k in tensors and tensors[k].shape != shape
+        ],
+    }
+    wrong = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in found.items() if names)
+    if wrong:
+        raise ValueError(f"load: {where} does not fit the model: {wrong}")
+
+
+def _owner(key: str, made: Mapping[str, Any]) -> str | None:
+    """The structured layer to which a tensor belongs."""
+    if "" in made:
+        return ""
+    parts = key.split(".")
+    return next((name for n in range(len(parts) - 1, 0, -1) if (name := ".".join(parts[:n])) in made), None)
+
+
+def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Every tensor once, in memory of its own, and the names under which it occurs again."""
+    first: dict[Any, str] = {}
+    stored, aliases = {}, {}
+    for name, x in state.items():
+        key = (x.device, x.data_ptr(), tuple(x.shape), x.stride(), x.dtype)
+        if x.numel() and not x.is_meta and key in first:
+            aliases[name] = first[key]
+            continue
+        first[key] = name
+        shares = not x.is_meta and x.untyped_storage().nbytes() != x.nbytes
+        stored[name] = x.detach().clone(memory_format=torch.contiguous_format) if shares else x.detach().contiguous()
+    return stored, aliases
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    """CRC-32 of all values, in the order of the names."""
+    total = 0
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        total = zlib.crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
+    return total
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a file by all their names, and the descriptions of its layers; ``ValueError`` that says what is wrong."""
+    safetensors = _safetensors()
+    if not path.is_file():
+        raise FileNotFoundError(f"load: no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"load: {path} is damaged or no safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise ValueError(f"load: {path} is not of structmat.nn.save: its metadata have no {_KEY!r}")
+    try:
+        about = json.loads(metadata[_KEY])
+        version, layers, aliases, checksum = (about[k] for k in ("version", "layers", "aliases", "checksum"))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"load: {path}: its {_KEY!r} metadata cannot be read: {error}") from error
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"load: {path} has version {version} of the metadata, this structmat reads up to {VERSION}")
+    if checksum != _checksum(tensors):
+        raise ValueError(f"load: {path} is damaged: its values do not have the checksum {checksum}")
+    unknown = sorted(set(aliases.values()) - set(tensors))
+    if unknown:
+        raise ValueError(f"load: {path}: its metadata name tensors that it does not hold: {', '.join(unknown)}")
+    return tensors | {name: tensors[first] for name, first in aliases.items()}, layers
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("structmat.nn.save and load need safetensors: pip install safetensors") from error
+    return safetensors

@@ -1,0 +1,350 @@
+"""Saving models with structured layers: exact, strict, and through transformers in a process of its own."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import structmat as sm
+
+torch = pytest.importorskip("torch")
+safetensors = pytest.importorskip("safetensors.torch")
+
+import structmat.nn as snn  # noqa: E402
+
+OPERATORS = {
+    "low_rank": lambda: sm.LowRank.random((12, 18), rank=3, rng=0),
+    "interpolative": lambda: sm.Interpolative.random((12, 18), rank=3, rng=0),
+    "interpolative columns": lambda: sm.Interpolative.random((12, 18), rank=3, side="columns", rng=0),
+    "monarch": lambda: sm.Monarch.random((12, 18), blocks=3, rank=2, rng=0),
+    "btt": lambda: sm.BlockTensorTrain.random((12, 18), blocks=(4, 3), rank=2, rng=0),
+    "interpolative blocks": lambda: sm.InterpolativeBlocks.random((12, 18), blocks=3, rank=2, rng=0),
+    "kronecker": lambda: sm.Kronecker.random((12, 18), rng=0),
+    "butterfly": lambda: sm.Butterfly.random((12, 18), rng=0),
+    "block_diagonal": lambda: sm.BlockDiagonal.random((12, 18), blocks=3, rng=0),
+    "sum": lambda: sm.LowRank.random((12, 18), rank=2, rng=0) + sm.BlockDiagonal.random((12, 18), blocks=3, rng=1),
+}
+
+
+class Net(torch.nn.Module):
+    """Three linear layers, two of which share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(18, 12)
+        self.second = torch.nn.Linear(12, 12, bias=False)
+        self.tied = torch.nn.Linear(12, 12, bias=False)
+        self.tied.weight = self.second.weight
+
+    def forward(self, x):
+        return self.tied(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def structured(operator=None):
+    torch.manual_seed(0)
+    model = Net()
+    operator = OPERATORS["low_rank"]() if operator is None else operator
+    model.first = snn.StructuredLinear.from_operator(operator, torch.randn(12), dtype=torch.float32)
+    return model
+
+
+def values(model):
+    return {k: x.clone() for k, x in model.state_dict().items()}
+
+
+def same(model, before):
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[k], x) for k, x in before.items())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_what_is_loaded_is_bit_equal(name, tmp_path):
+    model, x = structured(OPERATORS[name]()), torch.randn(7, 18)
+    snn.save(model, tmp_path / "m.safetensors")
+    torch.manual_seed(1)
+    fresh = Net()
+    assert snn.load(fresh, tmp_path / "m.safetensors") is fresh
+    assert torch.equal(fresh(x), model(x))
+    assert fresh.first.config == model.first.config
+    assert fresh.tied.weight is fresh.second.weight, "tied weights stay tied"
+    fresh(x).sum().backward()
+    assert all(p.grad is not None for p in fresh.first.parameters())
+
+
+def test_load_into_a_model_that_has_the_structure_and_into_one_without_memory(tmp_path):
+    model, x = structured(), torch.randn(3, 18)
+    snn.save(model, tmp_path / "m.safetensors")
+    again = structured()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    assert torch.equal(snn.load(again, tmp_path / "m.safetensors")(x), model(x))
+    with torch.device("meta"):
+        empty = Net()
+    assert torch.equal(snn.load(empty, tmp_path / "m.safetensors")(x), model(x))
+
+
+def test_the_dtype_of_the_model_wins_and_its_mode(tmp_path):
+    snn.save(structured(), tmp_path / "m.safetensors")
+    fresh = snn.load(Net().to(torch.bfloat16).eval(), tmp_path / "m.safetensors")
+    assert {p.dtype for p in fresh.parameters()} == {torch.bfloat16}
+    assert not fresh.first.training
+
+
+def test_a_module_in_two_places_and_the_whole_model(tmp_path):
+    linear = torch.nn.Linear(18, 18)
+    shared = torch.nn.Sequential(linear, torch.nn.ReLU(), linear)
+    layer = snn.StructuredLinear(18, 18, structure="low_rank", rank=2)
+    snn.save(torch.nn.Sequential(layer, torch.nn.ReLU(), layer), tmp_path / "m.safetensors")
+    loaded = snn.load(shared, tmp_path / "m.safetensors")
+    assert loaded[0] is loaded[2]
+    snn.save(layer, tmp_path / "one.safetensors")
+    root = snn.load(torch.nn.Linear(18, 18), tmp_path / "one.safetensors")
+    x = torch.randn(2, 18)
+    assert torch.equal(root(x), layer(x))
+
+
+def test_a_file_holds_plain_tensors_and_no_pickle(tmp_path):
+    model = structured()
+    snn.save(model, tmp_path / "m.safetensors")
+    found = safetensors.load_file(tmp_path / "m.safetensors")
+    assert set(found) == set(model.state_dict()) - {"tied.weight"}
+    with safetensors.safe_open(tmp_path / "m.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["structmat"])
+    assert about["aliases"] == {"tied.weight": "second.weight"}
+    assert about["layers"]["first"]["config"]["structure"] == "low_rank"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"], "nothing is left beside it"
+
+
+def rewritten(path, tensors=None, metadata=None, **about):
+    """The file with other tensors or metadata, its checksum kept."""
+    with safetensors.safe_open(path, "pt") as file:
+        old = file.metadata()
+    found = safetensors.load_file(path) if tensors is None else tensors
+    old["structmat"] = json.dumps(json.loads(old["structmat"]) | about)
+    safetensors.save_file(found, path, old if metadata is None else metadata)
+
+
+def damage_bits(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+
+
+def drop(path):
+    tensors = safetensors.load_file(path)
+    del tensors["first.factors.1"]
+    from structmat.nn.storage import _checksum
+
+    rewritten(path, tensors, checksum=_checksum(tensors))
+
+
+def add(path):
+    tensors = safetensors.load_file(path) | {"third.weight": torch.zeros(2, 2)}
+    from structmat.nn.storage import _checksum
+
+    rewritten(path, tensors, checksum=_checksum(tensors))
+
+
+def move(path):
+    with safetensors.safe_open(path, "pt") as file:
+        layers = json.loads(file.metadata()["structmat"])["layers"]
+    rewritten(path, layers={"elsewhere": layers["first"]})
+
+
+DAMAGE = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-40]), "damaged"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:100]), "damaged"),
+    "no safetensors": (lambda p: p.write_bytes(b"PK\x03\x04" * 40), "damaged or no safetensors"),
+    "a bit": (damage_bits, "checksum"),
+    "foreign": (lambda p: safetensors.save_file({"weight": torch.zeros(2)}, p), "not of structmat.nn.save"),
+    "later version": (lambda p: rewritten(p, version=99), "version 99"),
+    "no JSON": (lambda p: rewritten(p, metadata={"structmat": "{"}), "cannot be read"),
+    "missing": (drop, "1 missing: first.factors.1"),
+    "unexpected": (add, "1 unexpected: third.weight"),
+    "another layer": (move, "no layer 'elsewhere'"),
+    "no description": (lambda p: rewritten(p, layers={"first": {"config": {"version": 1}}}), "first"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_file_that_does_not_fit_is_refused_and_the_model_is_as_it_was(name, tmp_path):
+    harm, message = DAMAGE[name]
+    path = tmp_path / "m.safetensors"
+    snn.save(structured(), path)
+    harm(path)
+    model = Net()
+    before, modules = values(model), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        snn.load(model, path)
+    assert same(model, before)
+    assert [type(m) for m in model.modules()] == modules
+
+
+def test_other_refusals(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(FileNotFoundError, match="no file"):
+        snn.load(Net(), path)
+    snn.save(structured(), path)
+    wide = Net()
+    wide.first = torch.nn.Linear(20, 12)
+    with pytest.raises(ValueError, match=r"first: the file has shape \(12, 18\), the model \(12, 20\)"):
+        snn.load(wide, path)
+    more = structured()
+    more.second = snn.StructuredLinear(12, 12, bias=False)
+    with pytest.raises(ValueError, match="second: structured in the model, dense in the file"):
+        snn.load(more, path)
+    with pytest.raises(ValueError, match="meta device"):
+        snn.save(Net().to("meta"), path)
+    assert torch.isfinite(snn.load(Net(), path)(torch.ones(18))).all(), "a failed save leaves the old file"
+
+
+# ---- transformers -----------------------------------------------------------------------------------------------------------
+
+
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 20,
+}
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(**TINY)).eval()
+
+
+def converted(**config):
+    model = bert()
+    config = config or {"structure": "low_rank", "interpolative": True}
+    with pytest.warns(UserWarning, match="without calibration data"):
+        return snn.convert(model, snn.plan(model, {r"re:encoder.*": config}, budget=0.5))
+
+
+def outputs(model):
+    with torch.no_grad():
+        return model(torch.arange(12).reshape(2, 6)).last_hidden_state
+
+
+NEW = """
+import sys
+{imports}
+import torch
+from transformers import AutoModel
+model, info = AutoModel.from_pretrained(sys.argv[1], output_loading_info=True)
+found = [len(info[k]) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")]
+with torch.no_grad():
+    torch.save((found, model.eval()(torch.arange(12).reshape(2, 6)).last_hidden_state), sys.argv[2])
+"""
+
+
+def in_a_new_process(folder, out, imports):
+    code = NEW.format(imports=imports)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(out)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("imports", ["import structmat.nn", "import transformers.quantizers.auto, structmat.nn"])
+def test_from_pretrained_in_a_new_process_is_bit_equal(imports, tmp_path):
+    model = converted()
+    model.save_pretrained(tmp_path / "m")
+    done = in_a_new_process(tmp_path / "m", tmp_path / "out.pt", imports)
+    assert done.returncode == 0, done.stderr
+    found, y = torch.load(tmp_path / "out.pt")
+    assert found == [0, 0, 0]
+    assert torch.equal(y, outputs(model))
+    assert "trust_remote_code" not in (tmp_path / "m" / "config.json").read_text()
+
+
+def test_a_process_that_does_not_know_structmat_fails_loudly(tmp_path):
+    converted().save_pretrained(tmp_path / "m")
+    done = in_a_new_process(tmp_path / "m", tmp_path / "out.pt", "")
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr.lower()
+    assert "structmat" in done.stderr, "the log says what is missing"
+
+
+def test_reload_save_again_dequantize(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = converted(structure="btt", blocks=2)
+    model.save_pretrained(tmp_path / "a")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "a").eval()
+    again.save_pretrained(tmp_path / "b")
+    third = transformers.AutoModel.from_pretrained(tmp_path / "b").eval()
+    assert torch.equal(outputs(third), outputs(model))
+    dense = third.dequantize()
+    assert not any(isinstance(m, snn.StructuredLinear) for m in dense.modules())
+    assert torch.allclose(outputs(dense), outputs(model), atol=1e-5)
+    dense.save_pretrained(tmp_path / "c")
+    assert "quantization_config" not in json.loads((tmp_path / "c" / "config.json").read_text())
+    plain = transformers.AutoModel.from_pretrained(tmp_path / "c").eval()
+    assert torch.equal(outputs(plain), outputs(dense))
+
+
+def test_pretrained_in_half_precision_and_a_config_that_does_not_fit(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    converted().save_pretrained(tmp_path / "m")
+    half = transformers.AutoModel.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    path = Path(tmp_path / "m" / "config.json")
+    config = json.loads(path.read_text())
+    layers = config["quantization_config"]["layers"]
+    layers["encoder.layer.7.output.dense"] = next(iter(layers.values()))
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no layer 'encoder.layer.7.output.dense'"):
+        transformers.AutoModel.from_pretrained(tmp_path / "m")
+
+
+def test_the_body_of_a_saved_model_and_a_model_around_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = converted()
+    model.save_pretrained(tmp_path / "body")
+    options = {"output_loading_info": True}
+    whole, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "body", **options)
+    assert torch.equal(outputs(whole.eval().bert), outputs(model))
+    assert info["unexpected_keys"] == set()
+    assert info["missing_keys"] == {"classifier.weight", "classifier.bias"}
+    whole.save_pretrained(tmp_path / "whole")
+    body, info = transformers.AutoModel.from_pretrained(tmp_path / "whole", **options)
+    assert torch.equal(outputs(body.eval()), outputs(model))
+    assert info["missing_keys"] == set()
+
+
+@pytest.mark.filterwarnings("ignore:convert")
+def test_pretrained_models_inside_others_are_told_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    head = transformers.BertForSequenceClassification(transformers.BertConfig(**TINY)).eval()
+    outer = torch.nn.ModuleDict({"inner": head})
+    snn.convert(outer, snn.plan(outer, {r"re:.*encoder.*": {"structure": "low_rank"}}, budget=0.5))
+    for model, kind in ((head, "AutoModelForSequenceClassification"), (head.bert, "AutoModel")):
+        model.save_pretrained(tmp_path / kind)
+        found, info = getattr(transformers, kind).from_pretrained(tmp_path / kind, output_loading_info=True)
+        assert info["missing_keys"] == info["unexpected_keys"] == set()
+        body = getattr(found.eval(), "bert", found)
+        assert torch.equal(outputs(body), outputs(head.bert))
+    snn.dequantize(outer)
+    assert not hasattr(head, "hf_quantizer")
+    assert not hasattr(head.bert, "hf_quantizer")
+    assert getattr(head.config, "quantization_config", None) is None
+
+
+def test_snn_save_and_load_of_a_pretrained_model(tmp_path):
+    model = converted()
+    snn.save(model, tmp_path / "m.safetensors")
+    fresh = snn.load(bert(), tmp_path / "m.safetensors")
+    assert torch.equal(outputs(fresh), outputs(model))
+    fresh.save_pretrained(tmp_path / "m")
+    assert "structmat" in (tmp_path / "m" / "config.json").read_text()
+    assert np.isfinite(outputs(copy.deepcopy(fresh)).numpy()).all()
