@@ -7,6 +7,7 @@ product pattern (Le, Zheng, Riccietti, Gribonval 2025, section 4). Factors are a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -14,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 
 from structmat.patterns import Pattern
+
+_PRODUCT_ENTRIES = 1 << 20  # of a slab of rank above 2: large enough for a matrix product, small beside the matrix
 
 
 def split_view(active: np.ndarray, left: Pattern, right: Pattern) -> np.ndarray:
@@ -120,13 +123,17 @@ def row_slabs(
     rank, rows, cols = rl // l, s * l, k * p
     x, y = halves[0].reshape(l, s, k, rank), halves[1].reshape(k, rank, l, p)
     if rank > 2 and transposed:
-        for i in range(k):
-            block = y[i].transpose(1, 2, 0) @ x[:, :, i].swapaxes(1, 2)  # (l, p, s)
-            yield slice(i * p, (i + 1) * p), block.transpose(1, 2, 0).reshape(p, rows)
+        step = max(1, _PRODUCT_ENTRIES // max(rows, 1))
+        for i, at in itertools.product(range(k), range(0, p, step)):
+            block = y[i, :, :, at : at + step].transpose(1, 2, 0) @ x[:, :, i].swapaxes(1, 2)  # (l, step, s)
+            first, count = i * p + at, block.shape[1]
+            yield slice(first, first + count), block.transpose(1, 2, 0).reshape(count, rows)
     elif rank > 2:
-        for i in range(l):
-            block = x[i].swapaxes(0, 1) @ y[:, :, i]  # (k, s, p)
-            yield np.arange(i, rows, l), block.swapaxes(0, 1).reshape(s, cols)
+        step = max(1, _PRODUCT_ENTRIES // max(cols, 1))
+        for i, at in itertools.product(range(l), range(0, s, step)):
+            block = x[i, at : at + step].swapaxes(0, 1) @ y[:, :, i]  # (k, step, p)
+            places = slice(at, at + step) if l == 1 else np.arange(i, rows, l)[at : at + step]
+            yield places, block.swapaxes(0, 1).reshape(-1, cols)
     elif transposed:
         y, x = y.transpose(1, 0, 3, 2)[..., None, :], x.transpose(3, 2, 1, 0)[:, :, None]
         yield from _runs(y, x, entries)  # (r, k, p, 1, l) and (r, k, 1, s, l)
