@@ -203,7 +203,9 @@ class Operator:
     def plan(self, batch: int = 1, rows: bool = False) -> Any:
         """Which kernel applies the operator to ``batch`` columns (``rows``: to rows, ``X @ A.T``), and what it was chosen from.
 
-        Returns a decision that prints as a table of kernels and predicted times; see :func:`structmat.tune`.
+        Returns a decision that prints as a table of kernels and predicted times in microseconds; a composite has one for each
+        of its parts. :func:`structmat.tune` measures instead. Raises ``TypeError`` for a batch that is no integer and
+        ``ValueError`` for one below 1.
 
         Examples
         --------
