@@ -46,7 +46,7 @@ def approximate(
 
     The spectrum of every arrangement of the matrix gives the errors for all ranks at once; it is estimated for many
     arrangements, from samples, and computed exactly for the few that look best. What is returned is certified, as by
-    :func:`structmat.project`.
+    :func:`structmat.project`. The spectra are computed on the host, wherever ``W`` is.
 
     Parameters
     ----------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from structmat import arrays
 from structmat.algebra import Product
 from structmat.arrays import Array
 from structmat.operator import Operator
+from structmat.projection.device import DeviceArray, frobenius_norm, native, on_device
 from structmat.projection.links import multiplied_out, pair_of, row_slabs
 from structmat.structures.chain import Chain
 
@@ -20,6 +22,7 @@ _LARGE = 1 << 22  # entries from which no second dense matrix is held
 _SLAB = 128  # columns of a large chain that are multiplied out at a time
 _RUN = 4096  # entries of one dot product: too short for BLAS to start threads, which cost more than they save
 _SLAB_ENTRIES = 1 << 16  # entries of a pair of factors that are multiplied out at a time
+_DEVICE_ENTRIES = 1 << 24  # of one on a device
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,7 +40,8 @@ class Projection:
     lower_bound
         No member of the family with the same architecture is nearer than this.
     method
-        The algorithm, and ``optimal`` where it provably finds the nearest member.
+        The algorithm, and ``optimal`` where it provably finds the nearest member; the place, where that is not the CPU of a
+        matrix there.
     seconds
         Wall time, certificate included.
     params
@@ -105,32 +109,34 @@ def distance(operator: Operator, target: np.ndarray) -> float:
     """``||W - A||_F`` by subtraction, without a second dense matrix where it is large.
 
     A chainable chain is as cheap as reading the matrix: both halves are multiplied out, and their pair some rows at a time.
+    Where the matrix is on a device, so is the operator, and it is subtracted there.
     """
-    exact = _exact(operator)
+    exact = _exact(operator, target)
     if target.size < _SMALL or not isinstance(exact, (Chain, Product)):
-        return frobenius(target - arrays.convert(exact.to_dense(), "numpy"))
-    host, total, n = exact.to("numpy"), 0.0, target.shape[1]
-    found = _distance_of_pair(host, target) if isinstance(host, Chain) else None
+        return frobenius(target - _seen(exact.to_dense(), target))
+    total, n = 0.0, target.shape[1]
+    found = _distance_of_pair(exact, target) if isinstance(exact, Chain) else None
     if found is not None:
         return found
     if target.size < _LARGE:
-        return frobenius(target - arrays.convert(exact.to_dense(), "numpy"))
+        return frobenius(target - _seen(exact.to_dense(), target))
     for start in range(0, n, _SLAB):
         width = min(_SLAB, n - start)
-        columns = np.zeros((n, width))
+        columns = np.zeros((n, width), like=target)
         columns[np.arange(start, start + width), np.arange(width)] = 1.0
-        total = math.hypot(total, frobenius(target[:, start : start + width] - host @ columns))
+        part = _seen(exact @ native(columns), target)
+        total = math.hypot(total, frobenius(target[:, start : start + width] - part))
     return total
 
 
 def _distance_of_pair(chain: Chain, target: np.ndarray) -> float | None:
     """The distance of a dense chainable chain, some rows at a time; ``None`` for a chain that is not of this kind."""
-    halves = pair_of(chain.factors, chain.patterns)
+    halves = pair_of([_seen(f, target) for f in chain.factors], chain.patterns)
     if halves is None:
         return None
     rows = None if chain.out_order is None else chain.out_order.T.permutation()  # of W, for each row of the chain
     cols = None if chain.in_order is None else chain.in_order.permutation()
-    turned = target.flags.f_contiguous and not target.flags.c_contiguous
+    turned = not on_device(target) and target.flags.f_contiguous and not target.flags.c_contiguous
     if turned:  # rows are runs of memory
         target, rows, cols = target.T, cols, rows
     m, n = target.shape
@@ -139,7 +145,7 @@ def _distance_of_pair(chain: Chain, target: np.ndarray) -> float | None:
         kept = np.flatnonzero(cols < n)
         cols = cols[kept]
     total = 0.0
-    for at, slab in row_slabs(halves, _SLAB_ENTRIES, turned):
+    for at, slab in row_slabs(halves, _DEVICE_ENTRIES if on_device(target) else _SLAB_ENTRIES, turned):
         picked = at if rows is None else rows[at]
         if isinstance(picked, slice):
             rest = target[picked]
@@ -152,18 +158,18 @@ def _distance_of_pair(chain: Chain, target: np.ndarray) -> float | None:
     return total
 
 
-def dense(operator: Operator) -> np.ndarray:
-    """The dense matrix of the stored values, multiplied out in double precision on the CPU."""
-    exact = _exact(operator)
+def dense(operator: Operator, home: Any = None) -> np.ndarray:
+    """The dense matrix of the stored values, multiplied out in double precision: on the CPU, or where ``home`` is."""
+    exact = _exact(operator, home)
     if isinstance(exact, Chain) and exact.shape[0] * exact.shape[1] < _SMALL:
-        return _dense_of_small(exact)
-    return arrays.convert(exact.to_dense(), "numpy")
+        return _dense_of_small(exact, home)
+    return _seen(exact.to_dense(), home)
 
 
-def _dense_of_small(chain: Chain) -> np.ndarray:
+def _dense_of_small(chain: Chain, home: Any) -> np.ndarray:
     """A chain multiplied out without a plan, which costs more than it saves where it is used once."""
     rows, cols = chain.patterns[0].rows, chain.patterns[-1].cols
-    whole = multiplied_out([arrays.convert(f, "numpy") for f in chain.factors], (rows, cols))
+    whole = multiplied_out([_seen(f, home) for f in chain.factors], (rows, cols))
     if chain.out_order is not None:
         whole = whole[chain.out_order.permutation()]
     if chain.in_order is not None:
@@ -171,13 +177,24 @@ def _dense_of_small(chain: Chain) -> np.ndarray:
     return whole[: chain.shape[0], : chain.shape[1]]
 
 
-def _exact(operator: Operator) -> Operator:
-    host = operator.to("cpu" if operator.kind == "torch" else "numpy")
-    return host.astype(np.complex128 if arrays.is_complex(host.dtype) else np.float64)
+def _exact(operator: Operator, home: Any) -> Operator:
+    """The operator in double precision, of NumPy arrays or where ``home`` is, which is where it is."""
+    if not on_device(home):
+        operator = operator.to("cpu" if operator.kind == "torch" else "numpy")
+    exact = operator.astype(np.complex128 if arrays.is_complex(operator.dtype) else np.float64)
+    return exact.to("numpy") if exact.kind == "torch" and not on_device(home) else exact
+
+
+def _seen(x: Array, home: Any) -> Any:
+    """An array of an operator as the algorithms see it."""
+    return DeviceArray(x) if on_device(home) else arrays.convert(x, "numpy")
 
 
 def frobenius(x: np.ndarray) -> float:
     """Frobenius norm, also where the squares of the entries would under- or overflow."""
+    if on_device(x):
+        norm = float(frobenius_norm(DeviceArray(native(x))))
+        return norm if 1e-140 < norm < math.inf else _scaled_norm(x)
     parts = x.ravel(order="K")
     if np.iscomplexobj(parts):
         parts = parts.view(np.finfo(parts.dtype).dtype)  # one pass instead of two strided ones
@@ -185,7 +202,9 @@ def frobenius(x: np.ndarray) -> float:
         runs = parts[: parts.size // _RUN * _RUN].reshape(-1, _RUN)
         rest = parts[runs.size :]
         norm = math.sqrt(float(np.vecdot(runs, runs).sum() + np.vecdot(rest, rest)))
-    if 1e-140 < norm < math.inf:
-        return norm
+    return norm if 1e-140 < norm < math.inf else _scaled_norm(x)
+
+
+def _scaled_norm(x: np.ndarray) -> float:
     largest = float(np.max(np.abs(x), initial=0.0))
     return largest * float(np.linalg.norm(x / largest)) if 0.0 < largest < math.inf else largest

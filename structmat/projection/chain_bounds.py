@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from structmat.patterns import Pattern
+from structmat.projection.device import on_device, straight
 from structmat.projection.links import adjoint, products, split_view
 from structmat.projection.svd import GRAM_SIDE, gram_error, gram_tail, pieces
 
@@ -83,8 +84,8 @@ def _grams(whole: np.ndarray, splits: Sequence[Split], rows: bool) -> Iterator[t
 
 def _squares(blocks: np.ndarray) -> np.ndarray:
     """``B B^H`` for every block."""
-    out = np.empty((*blocks.shape[:-1], blocks.shape[-2]), blocks.dtype)
-    for part in pieces(blocks.shape):
-        piece = np.ascontiguousarray(blocks[part])
+    out = np.empty((*blocks.shape[:-1], blocks.shape[-2]), blocks.dtype, like=blocks)
+    for part in pieces(blocks.shape, on_device(blocks)):
+        piece = straight(blocks[part])
         np.matmul(piece, adjoint(piece), out=out[part])
     return out

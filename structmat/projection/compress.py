@@ -19,6 +19,7 @@ from structmat.patterns import AxisOrder
 from structmat.projection.certificate import Projection
 from structmat.projection.hierarchical import balance
 from structmat.projection.interpolative import interpolate
+from structmat.projection.placement import where
 from structmat.projection.rounding import (
     added,
     choose_ranks,
@@ -75,7 +76,7 @@ def compress(operator: Operator, tol: float | None, rank: int | None, budget: fl
     ======================================= =============================================================================
 
     With a tolerance, an operator than which none smaller is found comes back as it is. Cost ``O((m + n) r^2)`` for a low-rank
-    operator; nothing of the size of the matrix is ever formed. Memory: a few times the stored numbers.
+    operator; nothing of the size of the matrix is ever formed. Memory: a few times the stored numbers. Computed on the host.
     """
     started = time.perf_counter()
     if sum(option is not None for option in (tol, rank, budget)) != 1:
@@ -91,7 +92,8 @@ def compress(operator: Operator, tol: float | None, rank: int | None, budget: fl
     if tol is not None and found.params > operator.nparams:
         kept = "kept as it is: no smaller one is near enough"
         found = Projection(operator, 0.0, 0.0, 0.0, kept, 0.0, operator.nparams)
-    return replace(found, seconds=time.perf_counter() - started)
+    method = found.method + (where(operator.arrays[0]) if operator.arrays else "")
+    return replace(found, method=method, seconds=time.perf_counter() - started)
 
 
 def _compressed(operator: Operator, goal: Goal) -> Projection:

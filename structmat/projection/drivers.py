@@ -1,4 +1,8 @@
-"""Drivers: LAPACK's SVD and Hermitian eigenvalues of stacks, each with a second driver where the first does not converge."""
+"""Drivers: SVD and Hermitian eigenvalues of stacks, by LAPACK, with a second driver where the first does not converge.
+
+A :class:`structmat.projection.device.DeviceArray` goes to the library that it belongs to, on its own device, where there is
+no second driver: a failure names the device.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from structmat.projection import device
+from structmat.projection.device import on_device
 
 
 def svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -17,6 +24,8 @@ def svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         return np.linalg.svd(blocks, full_matrices=False)
     except np.linalg.LinAlgError:
+        if on_device(blocks):
+            raise
         import scipy.linalg
 
         return _one_by_one(
@@ -29,6 +38,8 @@ def singular_values(blocks: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.svd(blocks, compute_uv=False)
     except np.linalg.LinAlgError:
+        if on_device(blocks):
+            raise
         return svd(blocks)[1]
 
 
@@ -40,6 +51,8 @@ def eigh(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     try:
         values, vectors = np.linalg.eigh(blocks)
     except np.linalg.LinAlgError:
+        if on_device(blocks):
+            raise
         import scipy.linalg
 
         values, vectors = _one_by_one(
@@ -53,7 +66,34 @@ def eigvalsh(blocks: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.eigvalsh(blocks)
     except np.linalg.LinAlgError:
+        if on_device(blocks):
+            raise
         return eigh(blocks)[0]
+
+
+def triangular_inverse(lower: np.ndarray) -> np.ndarray:
+    """The inverse of a lower triangular matrix, a third of the work of a general one."""
+    if on_device(lower):
+        return device.triangular_inverse(lower)  # type: ignore
+    import scipy.linalg
+
+    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (lower,))
+    inverse, failed = invert(np.asfortranarray(lower), lower=1)
+    if failed:
+        raise np.linalg.LinAlgError("weight: a factor of it is singular")
+    return np.ascontiguousarray(inverse)
+
+
+def reciprocal_condition(lower: np.ndarray, norm: float) -> float:
+    """``1 / (norm ||(L L^H)^-1||)`` in the 1-norm for a triangle ``L``: estimated by LAPACK, from the inverse on a device."""
+    if on_device(lower):
+        inverse = triangular_inverse(lower)
+        return 1.0 / (norm * float(np.abs(inverse.conj().T @ inverse).sum(axis=0).max()))
+    import scipy.linalg
+
+    factor = np.asfortranarray(lower)
+    (estimate,) = scipy.linalg.get_lapack_funcs(("pocon",), (factor,))
+    return float(estimate(factor, norm, uplo="L")[0])
 
 
 def _one_by_one(

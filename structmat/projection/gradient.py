@@ -13,6 +13,7 @@ from structmat.projection.blast import is_blast, mirrored, project_blast
 from structmat.projection.certificate import dense, frobenius
 from structmat.projection.hierarchical import balance, project_chain
 from structmat.projection.links import apply, multiplied_out
+from structmat.projection.placement import is_chainable
 from structmat.projection.progress import Advance
 from structmat.projection.selection import Request, Solution
 from structmat.projection.svd import safe_bound, truncated
@@ -34,7 +35,7 @@ def project_any_chain(target: np.ndarray, request: Request) -> Solution:
     patterns = request.patterns or ()
     if not patterns:
         return project_chain(target, request)
-    chainable = _is_chainable(patterns)
+    chainable = is_chainable(patterns)
     special = is_blast(patterns) or is_blast(mirrored(patterns))
     solved = chainable and request.method not in ("als", "gradient")
     for name in ("order", "refine", "permutation"):
@@ -60,10 +61,6 @@ def project_any_chain(target: np.ndarray, request: Request) -> Solution:
         if chainable or not fits:
             raise
         raise ValueError(f"{error}; no SVD solves them, method='gradient' fits them") from None
-
-
-def _is_chainable(patterns: Sequence[Pattern]) -> bool:
-    return all(p.chain_rank(q) is not None for p, q in pairwise(patterns))
 
 
 def check_sizes(patterns: Sequence[Pattern], shape: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from structmat.patterns import AxisOrder, Pattern, compose
 from structmat.projection.alternating import alternate
 from structmat.projection.certificate import frobenius
 from structmat.projection.chain_bounds import inner_bound
+from structmat.projection.device import native, on_device
 from structmat.projection.links import (
     adjoint,
     expand,
@@ -107,8 +108,8 @@ def sweep(
     bound = safe_bound(math.sqrt(max(0.0, first)), norm, max(target.shape))
     if bounds and error > _ROUNDING * norm:
         bound = max(bound, inner_bound(whole, fused, cuts[:1]))
-    if len(factors) == 1 and np.shares_memory(factors[0], target):
-        factors = [np.array(factors[0])]
+    if len(factors) == 1 and (on_device(target) or np.shares_memory(factors[0], target)):
+        factors = [factors[0].copy()]
     parts = [part for link, f in zip(links, factors, strict=True) for part in unfused(link, f)]
     return Sweep(balance(parts), error, math.hypot(bound, outside))
 
@@ -153,8 +154,10 @@ def _peel(whole: np.ndarray, patterns: Sequence[Pattern], cuts: Sequence[int]) -
 
     Rows of equal residue modulo the ``d`` of a factor meet no others in this factor and those before it: a slab of such classes
     goes through all these cuts before the next one is read. No intermediate result is as large as half the matrix, whose
-    memory would cost more than the arithmetic.
+    memory would cost more than the arithmetic. A device has no cache to keep slabs in: there all goes through at once.
     """
+    if on_device(whole):
+        return [whole], 0.0, 0.0
     a, d, rows, cols = whole.shape
     ahead = next((i for i, cut in enumerate(cuts) if cut != i), len(cuts))
     deep = [t for t in range(2, ahead + 1) if whole.size // (patterns[t - 1].d // d) <= _SLAB]
@@ -218,7 +221,7 @@ def unfused(link: Link, blocks: np.ndarray) -> list[np.ndarray]:
     left, right = (part.pattern for part in link.pair)
     rank, view = left.chain_rank(right) or 0, split_view(blocks, left, right)
     b, c = view.shape[-2:]
-    eye = np.broadcast_to(np.eye(min(b, c), dtype=view.dtype), (*view.shape[:-2], min(b, c), min(b, c)))
+    eye = np.broadcast_to(np.eye(min(b, c), dtype=view.dtype, like=view), (*view.shape[:-2], min(b, c), min(b, c)))
     x, y = fill(eye, view, rank) if b <= c else fill(view, eye, rank)
     return [*unfused(link.pair[0], left_blocks(x, left)), *unfused(link.pair[1], right_blocks(y, right))]
 
@@ -385,7 +388,8 @@ def project_train(target: np.ndarray, request: Request) -> Solution:
     found = (
         fit(padded, patterns(request.rank or 1), request) if not request.free else _rank_of(padded, patterns, request)
     )
-    operator = BlockTensorTrain._rebuild(found.found.factors, shape, compose(found.out_order, order)[1], found.in_order)
+    factors = tuple(native(f) for f in found.found.factors)
+    operator = BlockTensorTrain._rebuild(factors, shape, compose(found.out_order, order)[1], found.in_order)
     return Solution(operator, found.found.lower_bound, found.method)
 
 
@@ -417,7 +421,8 @@ def _rank_of(padded: np.ndarray, patterns: Callable[[int], tuple[Pattern, ...]],
 
 def _solution(family: type[Chain], target: np.ndarray, found: Fit) -> Solution:
     shape = (target.shape[0], target.shape[1])
-    operator = family._rebuild(found.found.factors, shape, found.out_order, found.in_order)
+    factors = tuple(native(f) for f in found.found.factors)
+    operator = family._rebuild(factors, shape, found.out_order, found.in_order)
     return Solution(operator, found.found.lower_bound, found.method)
 
 

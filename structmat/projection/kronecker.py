@@ -11,6 +11,7 @@ from structmat.algebra import Sum
 from structmat.operator import Operator
 from structmat.projection.canonical import canonical
 from structmat.projection.certificate import frobenius
+from structmat.projection.device import native
 from structmat.projection.drivers import singular_values, svd
 from structmat.projection.lanczos import leading_triplets
 from structmat.projection.progress import Advance, quiet
@@ -39,7 +40,7 @@ def project_kronecker(target: np.ndarray, request: Request) -> Solution:
     shapes = request.shapes or tuple(kronecker_shapes(shape))
     check_shapes(shapes, shape)
     if len(shapes) == 1 and not request.free and (request.terms or 1) == 1:
-        return Solution(Kronecker(target.copy()), 0.0, "copy (exact)")
+        return Solution(Kronecker(native(target.copy())), 0.0, "copy (exact)")
     if len(shapes) != 2:
         if request.free or len(shapes) == 1:
             raise ValueError(
@@ -114,7 +115,8 @@ def lanczos_sum(target: np.ndarray, request: Request, splits: Sequence[Shapes]) 
 def products(u: np.ndarray, s: np.ndarray, vh: np.ndarray, shapes: Shapes, terms: int) -> Operator:
     """The sum of Kronecker products that the first ``terms`` singular triplets of the rearranged matrix stand for."""
     x, y = truncate(u, s, vh, terms)
-    parts = [Kronecker(np.ascontiguousarray(x[:, t]).reshape(shapes[0]), y[t].reshape(shapes[1])) for t in range(terms)]
+    x = x.T.copy()
+    parts = [Kronecker(native(x[t].reshape(shapes[0])), native(y[t].reshape(shapes[1]))) for t in range(terms)]
     return parts[0] if terms == 1 else Sum(*parts)
 
 
@@ -132,7 +134,7 @@ def rank_one(target: np.ndarray, shapes: Shapes, advance: Advance = quiet) -> So
     start, first = successive_svd(tensor)
     vectors, captured = power_iteration(tensor, start, advance)
     scale = captured ** (1.0 / len(shapes))
-    factors = [(scale * v).reshape(s) for v, s in zip(vectors, shapes, strict=True)]
+    factors = [native((scale * v).reshape(s)) for v, s in zip(vectors, shapes, strict=True)]
     error = frobenius(tensor - captured * outer(vectors))
     bound = safe_bound(first, norm, max(target.shape))
     if error > _ROUNDING * norm:
@@ -214,9 +216,9 @@ def power_iteration(
 
 def outer(vectors: Sequence[np.ndarray]) -> np.ndarray:
     """The outer product of vectors, one axis each."""
-    product = np.ones(())
-    for v in vectors:
-        product = np.multiply.outer(product, v)
+    product = vectors[0]
+    for v in vectors[1:]:
+        product = product[..., None] * v
     return product
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from structmat.projection.device import beside, host
 from structmat.projection.drivers import eigvalsh, svd
 from structmat.projection.matrix_free import Explicit, distance
 from structmat.projection.progress import Advance, quiet
@@ -73,10 +74,11 @@ def leading_triplets(
     u, v = q @ p, v @ w.conj().T
     rest = distance(products, u * s, v.conj().T) ** 2
     defect = float(np.linalg.norm(products.adjoint(u * s) - v * s**2))
-    mu = min(_largest_elsewhere(products, v, s, rest, rng), rest)
-    gap = max(0.0, float(s[-1]) ** 2 - mu)
+    values = host(s)
+    mu = min(_largest_elsewhere(products, v, values, rest, rng), rest)
+    gap = max(0.0, float(values[-1]) ** 2 - mu)
     change = 2 * defect**2 / (gap + math.sqrt(gap**2 + 4 * defect**2)) if defect else 0.0
-    missed = float(np.maximum(0.0, mu - s**2).sum())
+    missed = float(np.maximum(0.0, mu - values**2).sum())
     allowance = _EPS * max(matrix.shape) * math.sqrt(rest) * norm
     squared = rest - missed - count * change - allowance
     return Leading(u, s, v.conj().T, math.sqrt(max(0.0, squared)))
@@ -90,10 +92,10 @@ def _right_vectors(matrix: Explicit, count: int, norm: float, rng: np.random.Gen
     """
     m, n = matrix.shape
     most = max(6 * count, min(m, n) // 4)
-    v = np.empty((n, most + count), matrix.dtype, order="F")
-    u = np.empty((m, most + count), matrix.dtype, order="F")
+    v = np.empty((n, most + count), matrix.dtype, order="F", like=matrix.home)
+    u = np.empty((m, most + count), matrix.dtype, order="F", like=matrix.home)
     b = np.zeros((most + count, most + count), matrix.dtype)
-    block = np.linalg.qr(normal((n, count), matrix.dtype, rng))[0]
+    block = np.linalg.qr(beside(normal((n, count), matrix.dtype, rng), v))[0]
     left = right = 0  # columns of u and v in use
     checked = 0
     while right + block.shape[1] <= most:
@@ -114,9 +116,9 @@ def _right_vectors(matrix: Explicit, count: int, norm: float, rng: np.random.Gen
         residuals = s[:count] * np.linalg.norm(tail @ p[old:left, :count], axis=0) if not last else np.zeros(1)
         squares = np.append(s[: count + 1] ** 2, 0.0)
         if last or _converged(residuals, squares, norm):
-            found = v[:, :right] @ qh[:count].conj().T
+            found = v[:, :right] @ beside(qh[:count].conj().T, v)
             if found.shape[1] < count:  # a matrix of lower rank: any other orthonormal columns
-                extra = _orthonormal(normal((n, count - found.shape[1]), matrix.dtype, rng), found, 1.0)[0]
+                extra = _orthonormal(beside(normal((n, count - found.shape[1]), matrix.dtype, rng), v), found, 1.0)[0]
                 found = np.hstack((found, extra))
             return found
     return None
@@ -140,11 +142,11 @@ def _largest_elsewhere(matrix: Explicit, v: np.ndarray, s: np.ndarray, rest: flo
         return 0.0
     norm = math.hypot(float(np.linalg.norm(s)), math.sqrt(rest))
     rounding = 4 * _EPS * norm**2
-    basis = np.empty((n, count + steps + 1), matrix.dtype, order="F")
+    basis = np.empty((n, count + steps + 1), matrix.dtype, order="F", like=v)
     basis[:, :count] = v
     size = n if matrix.dtype.kind != "c" else 2 * n
     digits = math.log(1.648 * math.sqrt(size) / FAILURE)
-    block = _orthonormal(normal((n, 1), matrix.dtype, rng), v, 1.0)[0]
+    block = _orthonormal(beside(normal((n, 1), matrix.dtype, rng), v), v, 1.0)[0]
     tridiagonal = np.zeros((steps + 1, steps + 1))
     mu = math.inf
     for k in range(steps):
@@ -170,7 +172,7 @@ def _largest_elsewhere(matrix: Explicit, v: np.ndarray, s: np.ndarray, rest: flo
 def _orthonormal(y: np.ndarray, basis: np.ndarray, norm: float) -> tuple[np.ndarray, np.ndarray]:
     """Orthonormal columns ``z`` orthogonal to those of ``basis`` and coefficients with ``y = [basis, z] coefficients``.
 
-    Directions of ``y`` that are rounding of ``norm`` are left out.
+    The coefficients are on the host. Directions of ``y`` that are rounding of ``norm`` are left out.
     """
     head = basis.conj().T @ y
     y = y - basis @ head
@@ -183,5 +185,5 @@ def _orthonormal(y: np.ndarray, basis: np.ndarray, norm: float) -> tuple[np.ndar
     if kept and s[kept - 1] < 1e-8 * norm:  # nearly rounding: it has come back towards the basis
         q = q - basis @ (basis.conj().T @ q)
         q, turn = np.linalg.qr(q)
-        return q, np.vstack((head + again, turn @ (s[:kept, None] * wh[:kept])))
-    return q, np.vstack((head + again, s[:kept, None] * wh[:kept]))
+        return q, host(np.vstack((head + again, turn @ (s[:kept, None] * wh[:kept]))))
+    return q, host(np.vstack((head + again, s[:kept, None] * wh[:kept])))

@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from structmat.patterns import Pattern
+from structmat.projection.device import straight
 
 _PRODUCT_ENTRIES = 1 << 20  # of a slab of rank above 2: large enough for a matrix product, small beside the matrix
 
@@ -88,7 +89,7 @@ def apply(factor: np.ndarray, x: np.ndarray) -> np.ndarray:
 def multiplied_out(factors: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """The matrix ``(m, n)`` of any factors that can be multiplied, chainable or not, without its padding."""
     a, d, _, c = factors[-1].shape
-    dense = np.eye(a * c * d, shape[1], dtype=factors[-1].dtype)
+    dense = np.eye(a * c * d, shape[1], dtype=factors[-1].dtype, like=factors[-1])
     for factor in reversed(factors):
         dense = apply(factor, dense)
     return dense[: shape[0]]
@@ -146,8 +147,9 @@ def _runs(x: np.ndarray, y: np.ndarray, entries: int) -> Iterator[tuple[slice, n
     """Runs of the first two of four axes of ``sum_r x[r] * y[r]``, which broadcast against each other."""
     _, first, second, *inner = np.broadcast_shapes(x.shape, y.shape)
     cols = math.prod(inner)
-    x = np.broadcast_to(np.ascontiguousarray(x), (len(x), first, second, *x.shape[3:]))
-    y = np.broadcast_to(np.ascontiguousarray(y), (len(y), first, second, *y.shape[3:]))
+    x, y = straight(x), straight(y)
+    x = np.broadcast_to(x, (len(x), first, second, *x.shape[3:]))
+    y = np.broadcast_to(y, (len(y), first, second, *y.shape[3:]))
     tall, wide = max(1, entries // (second * cols)), min(second, max(1, entries // cols))
     for i in range(0, first, tall):
         for j in range(0, second, wide):

@@ -10,9 +10,11 @@ import numpy as np
 
 from structmat import arrays
 from structmat.projection.certificate import Projection, frobenius
+from structmat.projection.device import host, native
 from structmat.projection.drivers import svd
 from structmat.projection.interpolative import cur, interpolate
 from structmat.projection.matrix_free import Explicit, Matrix, distance, is_operator, read_operator
+from structmat.projection.placement import where
 from structmat.projection.randomized import Basis, basis_svd, best_possible, block_krylov, grow
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
 from structmat.projection.svd import fill, safe_bound, tails, truncate
@@ -106,9 +108,10 @@ def solve(spectrum: Spectrum, matrix: Matrix, request: Request) -> tuple[int, So
         name = name if request.tol is None else f"randomised blocked QB, {basis.q.shape[1]} columns"
     operator: LowRank | Interpolative
     if request.interpolative:
-        operator, name = interpolate(u[:, :kept], s[:kept], vh[:kept]), f"{name}, interpolative form"
+        thin = host(u[:, :kept]), host(s[:kept]), host(vh[:kept])  # pivoting is the host's
+        operator, name = interpolate(*thin), f"{name}, interpolative form"
     else:
-        operator = LowRank(*truncate(u, s, vh, rank))
+        operator = LowRank(*(native(x) for x in truncate(u, s, vh, rank)))
     return rank, Solution(operator, safe_bound(bound, request.norm, max(m, n)), name)
 
 
@@ -180,7 +183,7 @@ def project_implicit(W: Any, request: Request, started: float) -> Projection | N
         error=error,
         relative_error=error / request.norm if request.norm else 0.0,
         lower_bound=min(solution.lower_bound, error),
-        method=f"{solution.method}, without a dense matrix",
+        method=f"{solution.method}, without a dense matrix{where(source)}",
         seconds=time.perf_counter() - started,
         params=result.nparams,
     )

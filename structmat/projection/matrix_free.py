@@ -24,6 +24,7 @@ class Matrix(Protocol):
 
     shape: tuple[int, int]
     dtype: Any
+    home: Any  # an array where the operands of products have to be, and results are
 
     def apply(self, x: np.ndarray) -> np.ndarray:
         """``W x`` for ``x`` of shape ``(n, k)``."""
@@ -42,7 +43,7 @@ class Explicit:
     """A dense array ``(m, n)`` of float64 or complex128; every product moves a progress bar."""
 
     def __init__(self, array: np.ndarray, advance: Advance = quiet) -> None:
-        self.array, self.advance = array, advance
+        self.array, self.home, self.advance = array, array, advance
         self.shape = (array.shape[0], array.shape[1])
         self.dtype = array.dtype
 
@@ -73,6 +74,7 @@ class Implicit:
         exact = operator.astype(arrays.dtype_for(self.dtype, operator.kind) if operator.kind else self.dtype)
         self.operator = exact.to("numpy")
         self.shape = (int(operator.shape[0]), int(operator.shape[1]))
+        self.home = np.empty(0)
         self._by_column: Any = None
 
     def apply(self, x: np.ndarray) -> np.ndarray:

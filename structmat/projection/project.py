@@ -18,6 +18,7 @@ from structmat.projection import gradient, kronecker, low_rank
 from structmat.projection.block_sparse import project_block_sparse, project_diagonal
 from structmat.projection.certificate import Projection, certify, frobenius
 from structmat.projection.chain_options import read_layout, read_order, read_refine, read_search
+from structmat.projection.device import current
 from structmat.projection.gradient import project_any_chain
 from structmat.projection.hierarchical import project_butterfly
 from structmat.projection.kronecker import project_kronecker
@@ -25,6 +26,7 @@ from structmat.projection.low_rank import project_implicit, project_low_rank
 from structmat.projection.matrix_free import is_operator
 from structmat.projection.moments import read_weight
 from structmat.projection.permutation import read_view
+from structmat.projection.placement import read_device, runs_on_device, where
 from structmat.projection.progress import bar
 from structmat.projection.selection import Request, Solution, parameter_limit, read_tolerance, unreachable
 from structmat.projection.sums import Term, project_sum
@@ -108,6 +110,7 @@ def project(
     mean: Any = None,
     row_weight: Any = None,
     damping: float | None = None,
+    device: str | None = None,
     progress: bool | None = None,
 ) -> Projection:
     """Find the member of a structured family nearest to a matrix, with a certificate of how near it is.
@@ -141,7 +144,8 @@ def project(
     W
         ``(m, n)``: a NumPy array, torch tensor (the operator comes back in its library, device and dtype) or nested lists.
         Operators, SciPy sparse matrices and LinearOperators are made dense, except for LowRank (see Notes). Integers become
-        float64 (torch: the default dtype). Computed in float64 or complex128; never written to.
+        float64 (torch: the default dtype). Computed in float64 or complex128; never written to. CuPy arrays and torch's CUDA
+        tensors are computed where they are (see ``device``).
     family
         LowRank, Kronecker, BlockDiagonal, Monarch, BlockTensorTrain, Butterfly, Chain, BlockSparse, Diagonal or Dense; or a
         list of at least two for a sum of one member of each, with options in a dict: ``[Diagonal, (LowRank, {"rank": 8})]``.
@@ -211,6 +215,12 @@ def project(
     damping
         Adds this fraction of the mean diagonal to ``C``, and so as much of the Frobenius norm to the error: 1e-3 for many
         samples, 0.1 for fewer than ``2 n``. Default: none.
+    device
+        None, the default: a CuPy array or CUDA tensor is projected where it is, by its library, without a copy of it on the
+        host; all else in NumPy. ``"host"``: in NumPy. ``"own"``: by the library of ``W``, a torch tensor of the CPU too.
+        ``method`` says where. Always on the host: Diagonal, BlockSparse, sums of families, ``"cur"``, chains that no SVD
+        solves, BlockDiagonal with a budget or tolerance, ``terms`` of three and more Kronecker factors, and with a weight all
+        but LowRank, Monarch and two-core BlockTensorTrain.
     progress
         True shows a bar on iterations of more than a second (needs tqdm). An interrupted call leaves nothing behind.
 
@@ -290,7 +300,7 @@ def project(
     family, kind = _family(family)
     given = _read_options(asked, kind)
     _check_options(family, kind, given, budget, tol)
-    transposed = _flag(transposed, "transposed") is True
+    transposed, device = _flag(transposed, "transposed") is True, read_device(device)
     mean = None if mean is False else mean
     weighted = any(option is not None for option in (weight, activations, mean, row_weight, damping))
     if family is LowRank and is_operator(W) and permutation is None and not transposed and not weighted:
@@ -299,26 +309,24 @@ def project(
             found = project_implicit(W, replace(request, advance=advance), started)
         if found is not None:
             return found
-    source, target = read(W)
+    stays = runs_on_device(family, given, budget is not None or tol is not None, weighted)
+    source, target = read(W, device if stays else "host")
     view = read_view(permutation, transposed, (target.shape[0], target.shape[1]))
-    if weighted:
-        real = not np.iscomplexobj(target)
-        norm, center = read_weight(
-            weight, activations, mean, row_weight, damping, (target.shape[0], target.shape[1]), real
-        )
-        request = _request(family, view.of(target).shape, given, budget, tol)
-        solver = kind.solve if family is Sum else solve_weighted
-        with bar(progress, "project") as advance:
-            request = replace(request, advance=advance)
-            return project_weighted(source, target, view, request, norm, center, started, solver)
-    scale = safe_scale(target)
-    prepared = view.of(target if scale == 1.0 else target / scale)
-    shape = (prepared.shape[0], prepared.shape[1])
-    request = replace(_request(family, shape, given, budget, tol), norm=frobenius(prepared), rounding=rounding(source))
-    with bar(progress, "project") as advance:
-        solution = kind.solve(prepared, replace(request, advance=advance))
-    result = like(scaled(view.back(solution.operator), scale), source)
-    found = certify(result, target, solution.lower_bound * scale, solution.method, started)
+    note = where(source, target, device)
+    with current(target), bar(progress, "project") as advance:
+        if weighted:
+            norm, center = read_weight(weight, activations, mean, row_weight, damping, target)
+            request = replace(_request(family, view.of(target).shape, given, budget, tol), advance=advance)
+            solver = kind.solve if family is Sum else solve_weighted
+            found = project_weighted(source, target, view, request, norm, center, started, solver)
+            return replace(found, method=found.method + note)
+        scale = safe_scale(target)
+        prepared = view.of(target if scale == 1.0 else target / scale)
+        request = _request(family, (prepared.shape[0], prepared.shape[1]), given, budget, tol)
+        request = replace(request, norm=frobenius(prepared), rounding=rounding(source), advance=advance)
+        solution = kind.solve(prepared, request)
+        result = like(scaled(view.back(solution.operator), scale), source)
+        found = certify(result, target, solution.lower_bound * scale, solution.method + note, started)
     if (
         request.tol is not None and found.relative_error > request.tol
     ):  # rounding to a short dtype is not in the spectrum

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structmat.projection.device import beside, on_device
 from structmat.projection.drivers import eigvalsh, svd
-from structmat.projection.matrix_free import Explicit, Matrix, chunks, distance
+from structmat.projection.matrix_free import CHUNK, Explicit, Matrix, chunks, distance
 
 OVERSAMPLING = 10
 MAX_BLOCKS = 6  # of a Krylov space
@@ -38,8 +39,8 @@ def block_krylov(matrix: Matrix, rank: int, norm: float, rng: Any) -> Basis:
     Cost for ``k`` blocks: ``k (rank + 10)`` products with ``W`` and with ``W^H``, memory ``k (rank + 10) (m + n)``.
     """
     m, n = matrix.shape
-    x = normal((n, min(rank + OVERSAMPLING, m, n)), matrix.dtype, rng)
-    q, b = np.empty((m, 0), matrix.dtype), np.empty((0, n), matrix.dtype)
+    x = beside(normal((n, min(rank + OVERSAMPLING, m, n)), matrix.dtype, rng), matrix.home)
+    q, b = (np.empty(size, matrix.dtype, like=matrix.home) for size in ((m, 0), (0, n)))
     before = math.inf
     for _ in range(MAX_BLOCKS):
         y = matrix.apply(x)
@@ -66,12 +67,12 @@ def grow(matrix: Matrix, allowed: float, norm: float, most: int, rng: Any) -> Ba
     """
     m, n = matrix.shape
     width = max(16, min(128, min(m, n) // 32))
-    q, b = np.empty((m, 0), matrix.dtype), np.empty((0, n), matrix.dtype)
+    q, b = (np.empty(size, matrix.dtype, like=matrix.home) for size in ((m, 0), (0, n)))
     remaining = norm**2
     while remaining > allowed**2:
         if q.shape[1] + width > most:
             return None
-        x = normal((n, width), matrix.dtype, rng)
+        x = beside(normal((n, width), matrix.dtype, rng), matrix.home)
         block = _complement(matrix.apply(x), q, norm)
         if block.shape[1]:
             z = matrix.adjoint(block)
@@ -121,12 +122,15 @@ def _spread(matrix: Matrix, basis: Basis, rest: float) -> float:
     m, n = matrix.shape
     if isinstance(matrix, Explicit):
         # in single precision, for speed: entries of R are rounded once and sums of m products wrong by m units at most
-        short = np.empty((m, n), np.complex64 if matrix.dtype.kind == "c" else np.float32)
+        # not on a device, where a library may have been told to multiply with fewer digits than that
+        single = np.complex64 if matrix.dtype.kind == "c" else np.float32
+        short = np.empty((m, n), matrix.dtype if on_device(matrix.array) else single, like=matrix.array)
         for start, columns in chunks(matrix):
             stop = start + columns.shape[1]
             short[:, start:stop] = (columns - basis.q @ basis.b[:, start:stop]) / rest
         gram = short @ short.conj().T if m < n else short.conj().T @ short
-        squares = sum(float(np.square(np.abs(row), dtype=np.float64).sum()) for row in gram)
+        rows = (np.abs(gram[i : i + CHUNK]) for i in range(0, len(gram), CHUNK))
+        squares = sum(float(np.square(some, dtype=np.float64).sum()) for some in rows)
         return rest**2 * (math.sqrt(squares) + 2 * (max(m, n) + 4) * _EPS32)
     total = 0.0
     for start, columns in chunks(matrix):
@@ -141,7 +145,7 @@ def _not_empty(matrix: Matrix, basis: Basis) -> Basis:
     """The basis, or one unit vector where the matrix is zero."""
     if basis.q.shape[1]:
         return basis
-    q = np.eye(matrix.shape[0], 1, dtype=matrix.dtype)
+    q = np.eye(matrix.shape[0], 1, dtype=matrix.dtype, like=matrix.home)
     return Basis(q, matrix.adjoint(q).conj().T)
 
 

@@ -61,7 +61,7 @@ class Search:
         self.scale = safe_scale(self.target)
         self.prepared = self.target if self.scale == 1.0 else self.target / self.scale
         if weight is not None:  # for the screening: the power of every input alone, which leaves blocks independent
-            norm, _ = read_weight(weight, None, None, None, None, self.shape, not np.iscomplexobj(self.target))
+            norm, _ = read_weight(weight, None, None, None, None, self.target)
             columns = norm.columns
             power = np.real(np.diagonal(columns.matrix)) if columns is not None else np.ones(self.shape[1])
             self.prepared = self.prepared * np.sqrt(np.maximum(power, 0.0))

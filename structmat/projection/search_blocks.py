@@ -17,6 +17,7 @@ from structmat.projection.members import (
     kronecker_members,
     two_factor_members,
 )
+from structmat.projection.placement import where
 from structmat.projection.progress import Advance
 from structmat.projection.screening import GRAM_FLOOR, Factors, Screened, decompose, lower_bound, split
 from structmat.projection.screening import screen as sampled
@@ -204,9 +205,8 @@ def realise(search: Search, member: Member, blocks: np.ndarray, factors: Factors
     x, y = split(blocks, factors, rung)
     bound = lower_bound(factors, rung, max(member.sizes[1:]), search.request.norm)
     result = like(scaled(member.build(x, y), search.scale), search.source)
-    found = certify(
-        member.multiplied_out(result), search.target, bound * search.scale, f"{names[type(member)]} (optimal)", started
-    )
+    name = f"{names[type(member)]} (optimal){where(search.source, search.target)}"
+    found = certify(member.multiplied_out(result), search.target, bound * search.scale, name, started)
     found = replace(found, operator=result, params=result.nparams)
     if isinstance(result, Interpolative):
         found = replace(found, method=f"{found.method}, interpolative form")

@@ -6,6 +6,7 @@ import numpy as np
 
 from structmat.patterns import Pattern
 from structmat.projection.certificate import frobenius
+from structmat.projection.device import native, on_device, straight
 from structmat.projection.selection import Ladder, Request, Solution, choose, infeasible
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.chain import ceil_div, split_counts
@@ -16,17 +17,22 @@ def restrict(
     target: np.ndarray,  # (a*b*d, a*c*d)
     pattern: Pattern,
 ) -> tuple[np.ndarray, float]:
-    """Blocks ``(a, d, b, c)`` of the entries on the support of a pattern (a view), and the norm of all the others."""
+    """Blocks ``(a, d, b, c)`` of the entries on the support of a pattern (NumPy's: a view), and the norm of all the others."""
     if pattern.a == pattern.d == 1:
         return target[None, None], 0.0
     outside = target.copy()
-    _on_support(outside, pattern)[...] = 0.0
+    if on_device(target):  # whose einsum is no view
+        a, b, c, d = pattern
+        i, l = np.arange(a)[:, None], np.arange(d)
+        outside.reshape(a, b, d, a, c, d)[i, :, l, i, :, l] = 0.0
+    else:
+        _on_support(outside, pattern)[...] = 0.0
     return _on_support(target, pattern), frobenius(outside)
 
 
 def _on_support(target: np.ndarray, pattern: Pattern) -> np.ndarray:
     a, b, c, d = pattern
-    return np.einsum("ijlikl->iljk", np.ascontiguousarray(target).reshape(a, b, d, a, c, d))
+    return np.einsum("ijlikl->iljk", straight(target).reshape(a, b, d, a, c, d))
 
 
 def project_block_diagonal(target: np.ndarray, request: Request) -> Solution:
@@ -44,7 +50,7 @@ def project_block_diagonal(target: np.ndarray, request: Request) -> Solution:
     p, q = ceil_div(m, count), ceil_div(n, count)
     padded = np.pad(target, [(0, count * p - m), (0, count * q - n)])
     blocks, outside = restrict(padded, Pattern(count, p, q, 1))
-    operator = BlockDiagonal(np.ascontiguousarray(blocks[:, 0]), (m, n))
+    operator = BlockDiagonal(native(blocks[:, 0].copy()), (m, n))
     return Solution(operator, outside, "entries on the blocks (optimal)")
 
 
@@ -68,4 +74,4 @@ def project_dense(target: np.ndarray, request: Request) -> Solution:
     """The matrix itself, copied."""
     if request.limit is not None and request.limit < target.size:
         raise infeasible(request, target.size)
-    return Solution(Dense(target.copy()), 0.0, "copy (exact)")
+    return Solution(Dense(native(target.copy())), 0.0, "copy (exact)")

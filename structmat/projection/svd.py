@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from structmat.projection.device import host, on_device, straight
 from structmat.projection.drivers import eigh, eigvalsh, svd
 
 GRAM_SIDE = 64  # larger Gram matrices cost more than the projection that they certify
 _EPS = float(np.finfo(np.float64).eps)
 _PIECE = 1 << 18  # entries of a stack worked on at a time
+_DEVICE_PIECE = 1 << 24  # of one on a device, which has no cache to stay in but launches to pay for
 _LONG = 16  # columns from which BLAS is faster than a ufunc
 _CANCELLED = 1e-3  # share of the squared norm below which an error is not taken as a difference of squares
 _TRUSTED = 1e9  # the rounding of a Gram matrix must be this much smaller than the error that is read off it
@@ -33,35 +35,37 @@ def truncated(blocks: np.ndarray, rank: int) -> Truncation:
     Two rows: eigenvector of the 2x2 Hermitian Gram matrix in closed form. One side at least twice the other: ``eigh`` of the
     Gram matrix; it squares the condition number, so that where the error is small against the blocks one power step with QR
     restores full accuracy (Rutishauser's subspace iteration), and the SVD takes over where the bound below cannot vouch for
-    the result. Else the batched SVD. The rank may exceed the sides: zeros follow.
+    the result. Else the batched SVD. On a device stacks of all shapes go by their Gram matrices: its SVD takes the blocks one
+    after another. The rank may exceed the sides: zeros follow.
     """
     b, c = blocks.shape[-2:]
     if rank >= min(b, c):
         return _whole(blocks, rank)
-    if (b == 2 and rank == 1) or 2 * min(b, c) <= max(b, c):
+    many = on_device(blocks) and math.prod(blocks.shape[:-2]) > 1
+    if (b == 2 and rank == 1) or 2 * min(b, c) <= max(b, c) or many:
         road = _two_rows if b == 2 and rank == 1 else _gram
         batch = blocks.shape[:-2]
-        u = np.empty((*batch, b, rank), blocks.dtype)
-        y = np.empty((*batch, rank, c), blocks.dtype)
+        u = np.empty((*batch, b, rank), blocks.dtype, like=blocks)
+        y = np.empty((*batch, rank, c), blocks.dtype, like=blocks)
         discarded = bound = 0.0
-        for part in pieces(blocks.shape):
+        for part in pieces(blocks.shape, on_device(blocks)):
             error, below = road(blocks[part], u[part], y[part])
             discarded, bound = discarded + error, bound + below
         return Truncation(u, y, discarded, bound)
     return _by_svd(blocks, rank)
 
 
-def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
-    """Indices of the leading axes that cut a stack ``(..., b, c)`` into pieces that stay in a cache."""
-    batch, size = shape[:-2], math.prod(shape[-2:])
+def pieces(shape: tuple[int, ...], wide: bool = False) -> Iterator[tuple[Any, ...]]:
+    """Indices of the leading axes that cut a stack ``(..., b, c)`` into pieces that stay in a cache; ``wide`` for a device."""
+    batch, size, limit = shape[:-2], math.prod(shape[-2:]), _DEVICE_PIECE if wide else _PIECE
     axis = len(batch)
-    while axis and size * batch[axis - 1] <= _PIECE:
+    while axis and size * batch[axis - 1] <= limit:
         axis -= 1
         size *= batch[axis]
     if not axis:
         yield (...,)
         return
-    step = max(1, _PIECE // size)
+    step = max(1, limit // size)
     for outer in np.ndindex(*batch[: axis - 1]):
         for start in range(0, batch[axis - 1], step):
             yield (*outer, slice(start, start + step))
@@ -70,7 +74,7 @@ def pieces(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
 def _whole(blocks: np.ndarray, rank: int) -> Truncation:
     b, c = blocks.shape[-2:]
     if b <= c:
-        u = np.broadcast_to(np.eye(b, dtype=blocks.dtype), (*blocks.shape[:-1], b))
+        u = np.broadcast_to(np.eye(b, dtype=blocks.dtype, like=blocks), (*blocks.shape[:-1], b))
         return Truncation(*fill(u, blocks, rank), 0.0, 0.0)
     u, y = np.linalg.qr(blocks)
     return Truncation(*fill(u, y, rank), 0.0, 0.0)
@@ -81,10 +85,10 @@ def _two_rows(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, 
 
     Like :func:`_gram` it fills ``u`` and ``y`` and returns the squared error and its bound.
     """
-    if blocks.strides[-1] != blocks.itemsize:
+    if not on_device(blocks) and blocks.strides[-1] != blocks.itemsize:
         blocks = np.ascontiguousarray(blocks)
     t0, t1 = blocks[..., 0, :], blocks[..., 1, :]
-    a, d, h = _energy(t0), _energy(t1), np.asarray(_dot(t1, t0))
+    a, d, h = _energy(t0), _energy(t1), _dot(t1, t0)
     size, difference = np.abs(h), a - d
     gap = np.hypot(difference, 2.0 * size)
     tied = gap <= _EPS * blocks.shape[-1] * (a + d)
@@ -106,14 +110,14 @@ def _two_rows(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, 
 
 def _energy(x: np.ndarray) -> np.ndarray:
     """``sum abs(x)**2`` along the last axis."""
-    if x.dtype.kind == "c":
+    if x.dtype.kind == "c" and not on_device(x):
         x = x.view(np.float64)  # half the multiplications
     return np.real(_dot(x, x))
 
 
-def _dot(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _dot(x: np.ndarray, y: np.ndarray) -> Any:
     """``sum conj(x) y`` along the last axis."""
-    return np.vecdot(x, y) if x.shape[-1] >= _LONG else np.einsum("...c,...c->...", x.conj(), y)
+    return np.vecdot(x, y) if x.shape[-1] >= _LONG or on_device(x) else np.einsum("...c,...c->...", x.conj(), y)
 
 
 def _combine(x0: np.ndarray, x1: np.ndarray, blocks: np.ndarray, out: np.ndarray) -> None:
@@ -133,7 +137,7 @@ def _gram(blocks: np.ndarray, u: np.ndarray, y: np.ndarray) -> tuple[float, floa
 
 def _by_gram(blocks: np.ndarray, rank: int) -> Truncation:
     b, c = blocks.shape[-2:]
-    blocks = np.ascontiguousarray(blocks)
+    blocks = straight(blocks)
     adjoint = blocks.conj().swapaxes(-1, -2)
     try:
         values, vectors = eigh(blocks @ adjoint if b <= c else adjoint @ blocks)
@@ -180,7 +184,7 @@ def left_svd(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors ``(..., b, t)`` and singular values ``(..., t)``; wide blocks shrink to triangles first."""
     b, c = blocks.shape[-2:]
     if c > b:
-        triangles = np.asarray(np.linalg.qr(blocks.swapaxes(-1, -2).conj(), mode="r"))
+        triangles: Any = np.linalg.qr(blocks.swapaxes(-1, -2).conj(), mode="r")
         blocks = triangles.swapaxes(-1, -2).conj()
     return svd(blocks)[:2]
 
@@ -214,7 +218,7 @@ def tails(s: np.ndarray) -> np.ndarray:
 
     ``tails[r]**2`` is the sum of the squares of all but the ``r`` largest singular values of each block (Eckart-Young).
     """
-    energy = np.square(s).reshape(-1, s.shape[-1]).sum(axis=0)
+    energy = host(np.square(s).reshape(-1, s.shape[-1]).sum(axis=0))
     return np.sqrt(np.append(np.cumsum(energy[::-1])[::-1], 0.0))
 
 
@@ -234,8 +238,8 @@ def gram_tail(blocks: np.ndarray, rank: int) -> float:
         return 0.0
     wide = blocks if b <= c else blocks.swapaxes(-1, -2)
     small = total = 0.0
-    for part in pieces(wide.shape):
-        piece = np.ascontiguousarray(wide[part])
+    for part in pieces(wide.shape, on_device(wide)):
+        piece = straight(wide[part])
         eigenvalues = eigvalsh(piece @ piece.conj().swapaxes(-1, -2))
         small, total = small + float(eigenvalues[..., : side - rank].sum()), total + float(eigenvalues.sum())
     return math.sqrt(max(0.0, small - _EPS * max(b, c) * total))

@@ -13,25 +13,35 @@ from structmat.algebra import Sum
 from structmat.arrays import Array
 from structmat.operator import Operator
 from structmat.projection.certificate import frobenius
+from structmat.projection.device import DeviceArray, current
+from structmat.projection.placement import accelerated
 from structmat.structures.external import as_operator
 
 
-def read(W: Any) -> tuple[Array, np.ndarray]:
-    """``W`` as an array of its own library, and as a NumPy matrix of float64 or complex128 (never written to).
+def read(W: Any, device: str | None = "host") -> tuple[Array, np.ndarray]:
+    """``W`` as an array of its own library, and as a matrix of float64 or complex128 (never written to).
 
-    Operators, SciPy sparse matrices and LinearOperators are made dense. Raises ``TypeError`` for what holds no numbers and
-    ``ValueError`` for anything but one finite matrix with at least one row and column.
+    The matrix is NumPy's, but for ``device="own"``, and for ``None`` where ``W`` is on an accelerator: then it is a
+    :class:`structmat.projection.device.DeviceArray` where ``W`` is. Operators, SciPy sparse matrices and LinearOperators are
+    made dense. Raises ``TypeError`` for what holds no numbers and ``ValueError`` for anything but one finite matrix with at
+    least one row and column.
     """
     source = arrays.values(W if not _is_operator(W) else as_operator(W).to_dense(), "W")
     if source.ndim != 2 or 0 in tuple(source.shape):
         raise ValueError(f"W: expected one matrix (m, n) with m, n >= 1, got shape {tuple(source.shape)}")
     exact = np.complex128 if arrays.is_complex(source.dtype) else np.float64
-    host = source.detach().cpu() if arrays.kind(source) == "torch" else source
-    target = arrays.convert(arrays.cast(host, arrays.dtype_for(np.dtype(exact), arrays.kind(host))), "numpy")
-    if not math.isfinite(frobenius(target)) and not (finite := np.isfinite(target)).all():
-        bad = np.argwhere(~finite)
-        first = tuple(int(i) for i in bad[0])
-        raise ValueError(f"W: {len(bad)} of {target.size} entries are NaN or infinite, the first at {first}")
+    library = arrays.kind(source)
+    values = source.detach() if library == "torch" else source
+    stays = library != "numpy" and (device == "own" or (device is None and accelerated(source)))
+    if library == "torch" and not stays:
+        values = values.cpu()
+    with current(values):
+        values = arrays.cast(values, arrays.dtype_for(np.dtype(exact), library))
+        target: Any = DeviceArray(values) if stays else arrays.convert(values, "numpy")
+        if not math.isfinite(frobenius(target)) and not (finite := np.isfinite(target)).all():
+            bad = np.argwhere(~finite)  # on the host, for the message
+            first = tuple(int(i) for i in bad[0])
+            raise ValueError(f"W: {len(bad)} of {target.size} entries are NaN or infinite, the first at {first}")
     return source, target
 
 
@@ -48,7 +58,7 @@ def rounding(source: Array) -> float:
 
 
 def like(operator: Operator, source: Array) -> Operator:
-    """An operator of NumPy arrays with the library, device and dtype of ``source``."""
+    """An operator with the library, device and dtype of ``source``."""
     library = arrays.kind(source) or "numpy"
     if library == "torch":
         return operator.to("torch").astype(source.dtype).to(source.device)

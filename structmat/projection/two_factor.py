@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from structmat.operator import Operator
 from structmat.patterns import AxisOrder
+from structmat.projection.device import native
 from structmat.projection.drivers import singular_values
 from structmat.projection.hierarchical import project_train
 from structmat.projection.interpolative import interpolate_blocks
@@ -151,12 +152,15 @@ def member(left: np.ndarray, right: np.ndarray, place: Place, request: Request, 
     l, k, s, p, contiguous = place.layout
     family = BlockTensorTrain if request.family is BlockTensorTrain else Monarch
     chain = family._rebuild(
-        (left[None], right[:, None]),
+        (native(left[None]), native(right[:, None])),
         shape,
         AxisOrder((s, l), (1, 0)) if contiguous else None,
         AxisOrder((p, k), (1, 0)) if place.strided else None,
     )
-    return interpolate_blocks(chain) if request.interpolative else chain
+    if not request.interpolative:
+        return chain
+    host: Any = chain.to("numpy")  # pivoting is the host's
+    return interpolate_blocks(host)
 
 
 def axis_orders(request: Request) -> list[tuple[bool, bool]]:

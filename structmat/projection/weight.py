@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from structmat.projection.certificate import frobenius
-from structmat.projection.drivers import eigh
+from structmat.projection.device import straight
+from structmat.projection.drivers import eigh, reciprocal_condition
 from structmat.projection.permutation import View
 
 RIDGE = 1e-6  # relative ridge of solvers that divide by a weight which is singular or nearly so
@@ -42,15 +44,12 @@ class Metric:
     @cached_property
     def ridge(self) -> float:
         """Relative ridge for solvers that divide by the weight: 0 unless it is singular or nearly so."""
-        import scipy.linalg
-
         if self.triangle is None:
             return RIDGE
         diagonal = np.sqrt(np.real(np.diagonal(self.matrix)))
-        factor = np.asfortranarray(self.triangle / diagonal[:, None])  # that of the correlations
         norm = float(((np.abs(self.matrix) @ (1.0 / diagonal)) / diagonal).max())
-        (estimate,) = scipy.linalg.get_lapack_funcs(("pocon",), (factor,))
-        return 0.0 if estimate(factor, norm, uplo="L")[0] > CONDITION else RIDGE
+        factor = self.triangle / diagonal[:, None]  # that of the correlations
+        return 0.0 if reciprocal_condition(factor, norm) > CONDITION else RIDGE
 
     @cached_property
     def solid(self) -> np.ndarray:
@@ -58,9 +57,9 @@ class Metric:
         if self.ridge == 0.0:
             return self.matrix
         diagonal = np.maximum(np.real(np.diagonal(self.matrix)), 0.0)
-        damped = self.matrix.copy()
+        damped, i = self.matrix.copy(), np.arange(len(diagonal))
         # inputs that never fire get a little of the mean, so that the factor exists
-        np.einsum("ii->i", damped)[...] += self.ridge * (diagonal + RIDGE * max(diagonal.mean(), 1e-300))
+        damped[i, i] += self.ridge * (diagonal + RIDGE * max(float(diagonal.mean()), 1e-300))
         return damped
 
 
@@ -96,16 +95,14 @@ class Weight:
         unit = error / largest
         y = unit if self.columns is None else unit @ self.columns.matrix
         y = y if self.rows is None else self.rows.matrix @ y
-        return largest * float(np.sqrt(max(0.0, np.vdot(unit, y).real)))
+        return largest * math.sqrt(max(0.0, float(np.vdot(unit, y).real)))
 
     def seen(self, view: View) -> Weight:
         """The weight of the matrix that the family sees: permuted, and with the sides exchanged for a transpose."""
         columns, rows = _reordered(self.columns, view.cols), _reordered(self.rows, view.rows)
         if not view.transposed:
             return Weight(columns, rows)
-        flipped = [
-            side and Metric(np.ascontiguousarray(side.matrix.T), side.scale, side.notes) for side in (rows, columns)
-        ]
+        flipped = [side and Metric(straight(side.matrix.T), side.scale, side.notes) for side in (rows, columns)]
         return Weight(*flipped)
 
     def from_right(self, x: np.ndarray) -> np.ndarray:
@@ -120,7 +117,7 @@ class Weight:
 def _reordered(side: Metric | None, order: np.ndarray | None) -> Metric | None:
     if side is None or order is None:
         return side
-    return Metric(np.ascontiguousarray(side.matrix[np.ix_(order, order)]), side.scale, side.notes)
+    return Metric(straight(side.matrix[np.ix_(order, order)]), side.scale, side.notes)
 
 
 def columns_of(weight: Weight) -> Metric:

@@ -12,6 +12,7 @@ import numpy as np
 from structmat import arrays
 from structmat.arrays import Array
 from structmat.projection.certificate import Projection, dense
+from structmat.projection.device import host, native
 from structmat.projection.drivers import svd
 from structmat.projection.interpolative import interpolate
 from structmat.projection.permutation import View
@@ -69,7 +70,7 @@ def project_weighted(
     request = replace(request, norm=weight.norm(prepared), rounding=rounding(source))
     solution = solver(view.of(prepared), request, weight.seen(view))
     operator = like(scaled(view.back(solution.operator), scale), source)
-    difference = target - dense(operator)
+    difference = target - dense(operator, target)
     error, norm = weight.norm(difference), request.norm * scale
     relative = error / norm if norm else 0.0
     if request.tol is not None and relative > request.tol:  # rounding to a short dtype is not in the spectrum
@@ -93,7 +94,7 @@ def project_weighted(
 def _like(vector: np.ndarray, source: Array) -> Array:
     """A vector in the library, device and precision of a matrix; complex where it is, or the matrix is."""
     library = arrays.kind(source) or "numpy"
-    made = arrays.convert(vector, library, None if library == "numpy" else arrays.device(source))
+    made = arrays.convert(native(vector), library, None if library == "numpy" else arrays.device(source))
     short = arrays.promote(source.dtype, arrays.dtype_for(np.dtype(np.complex64), library))
     return arrays.cast(made, short if arrays.is_complex(made.dtype) else source.dtype)
 
@@ -124,8 +125,12 @@ def weighted_low_rank(target: np.ndarray, request: Request, weight: Weight) -> S
     x = q @ x
     bound = safe(float(errors[kept]), target, weight)
     if request.interpolative:
-        return Solution(interpolate(x, values, yh), bound, "weighted truncated SVD (optimal), interpolative form")
-    return Solution(LowRank(*truncate(x, values, yh, rank)), bound, "weighted truncated SVD (optimal)")
+        return Solution(
+            interpolate(host(x), host(values), host(yh)), bound, "weighted truncated SVD (optimal), interpolative form"
+        )
+    return Solution(
+        LowRank(*(native(f) for f in truncate(x, values, yh, rank))), bound, "weighted truncated SVD (optimal)"
+    )
 
 
 def weighted_dense(target: np.ndarray, request: Request, weight: Weight) -> Solution:  # noqa: ARG001 (as all solvers)

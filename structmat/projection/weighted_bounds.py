@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from structmat.projection.drivers import eigvalsh
-from structmat.projection.weighted_classes import Classes, Side, triangular_inverse
+from structmat.projection.device import straight
+from structmat.projection.drivers import eigvalsh, triangular_inverse
+from structmat.projection.weighted_classes import Classes, Side
 
 AFFORDABLE = 1024  # inputs up to which the least eigenvalue of the weight is worth its cost
 
@@ -71,7 +72,7 @@ def _row_classes(classes: Classes, side: Side, rank: int) -> float:
     l, k, s, p = classes.at[:4]
     if rank >= s:
         return 0.0
-    rows = np.ascontiguousarray(classes.blocks.transpose(1, 2, 0, 3)).reshape(l * s, k * p)
+    rows = straight(classes.blocks.transpose(1, 2, 0, 3)).reshape(l * s, k * p)
     weighted = (rows @ side.whole).reshape(l, s, k * p)
     gram = weighted @ rows.reshape(l, s, k * p).conj().swapaxes(-1, -2)
     values = eigvalsh((gram + gram.conj().swapaxes(-1, -2)) / 2)

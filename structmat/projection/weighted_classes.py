@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from structmat.projection.certificate import frobenius
-from structmat.projection.drivers import eigh, svd
+from structmat.projection.device import straight
+from structmat.projection.drivers import eigh, svd, triangular_inverse
 from structmat.projection.permutation import View
 from structmat.projection.svd import tails
 from structmat.projection.two_factor import Layout, Place, blocks_of
@@ -64,7 +65,7 @@ class Classes:
     def __init__(self, target: np.ndarray, place: Place, weight: Weight) -> None:
         self.target, self.place, self.weight = target, place, weight
         self.at = at = place.layout
-        self.blocks = np.ascontiguousarray(blocks_of(target, *place))  # (k, l, s, p)
+        self.blocks = straight(blocks_of(target, *place))  # (k, l, s, p)
         columns = class_order(at.k, at.p, not place.strided)
         self.columns = None if weight.columns is None else Side(weight.columns, columns, at.k)
         rows = class_order(at.l, at.s, at.contiguous)
@@ -89,7 +90,7 @@ class Classes:
     def assemble(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """The matrix ``(m, n)`` of the blocks ``left @ right``."""
         l, k, s, p, contiguous = self.at
-        result = np.empty((l * s, k * p), np.result_type(left, right))
+        result = np.empty((l * s, k * p), np.result_type(left, right), like=left)
         rows, columns = class_order(l, s, contiguous), class_order(k, p, not self.place.strided)
         result[np.ix_(rows, columns)] = (left @ right).transpose(1, 2, 0, 3).reshape(l * s, k * p)
         m, n = self.target.shape
@@ -128,10 +129,10 @@ class Side:
 
         def blocks(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             """The matrix in the order of the classes, the identity in the padding, and its diagonal blocks."""
-            whole = np.zeros((size, size), matrix.dtype)
+            whole, padding = np.zeros((size, size), matrix.dtype, like=matrix), np.arange(n, size)
             whole[:n, :n] = matrix
-            np.einsum("ii->i", whole)[n:] = 1.0
-            whole = np.ascontiguousarray(whole[np.ix_(order, order)])
+            whole[padding, padding] = 1.0
+            whole = straight(whole[np.ix_(order, order)])
             four = whole.reshape(count, size // count, count, size // count)
             return whole, np.einsum("kikj->kij", four).copy()
 
@@ -164,15 +165,4 @@ class Side:
         count, q = self.inverse.shape[:2]
         half = (self.inverse @ self.damped.reshape(count, q, -1)).reshape(count * q, count, q).transpose(1, 0, 2)
         full = half @ self.inverse.conj().swapaxes(-1, -2)
-        return np.ascontiguousarray(full.transpose(1, 0, 2).reshape(count * q, count * q))
-
-
-def triangular_inverse(lower: np.ndarray) -> np.ndarray:
-    """The inverse of a lower triangular matrix, a third of the work of a general one."""
-    import scipy.linalg
-
-    (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (lower,))
-    inverse, failed = invert(np.asfortranarray(lower), lower=1)
-    if failed:
-        raise np.linalg.LinAlgError("weight: a factor of it is singular")
-    return np.ascontiguousarray(inverse)
+        return straight(full.transpose(1, 0, 2).reshape(count * q, count * q))

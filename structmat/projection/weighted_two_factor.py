@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from structmat.projection.certificate import frobenius
+from structmat.projection.device import straight
 from structmat.projection.drivers import eigh, svd
 from structmat.projection.progress import Advance, quiet
 from structmat.projection.selection import Ladder, Request, Solution, allowed_error, choose, unreachable
@@ -43,7 +44,7 @@ def descend(
     error = (white - x).reshape(l * s, k * p)
     gradient = error if columns is None else error @ columns
     gradient = gradient if rows is None else rows @ gradient
-    gradient = np.array(gradient).reshape(l, s, k, p)
+    gradient = gradient.copy().reshape(l, s, k, p)
     groups = [slice(0, l)] if rows is None else [slice(j, j + 1) for j in range(l)]
     norm = frobenius(white)
     history = [_energy(white - x, gradient)]
@@ -74,7 +75,7 @@ def descend(
 
 
 def _energy(error: np.ndarray, gradient: np.ndarray) -> float:
-    return float(np.sqrt(max(0.0, np.vdot(error, gradient).real)))
+    return float(np.sqrt(max(0.0, float(np.vdot(error, gradient).real))))
 
 
 def best_rank(z: np.ndarray, rank: int, accurate: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -82,7 +83,7 @@ def best_rank(z: np.ndarray, rank: int, accurate: bool) -> tuple[np.ndarray, np.
     s, p = z.shape[-2:]
     zh = z.conj().swapaxes(-1, -2)
     if rank >= min(s, p):
-        eye = np.broadcast_to(np.eye(min(s, p), dtype=z.dtype), (*z.shape[:-2], min(s, p), min(s, p)))
+        eye = np.broadcast_to(np.eye(min(s, p), dtype=z.dtype, like=z), (*z.shape[:-2], min(s, p), min(s, p)))
         return fill(eye, z, rank) if s <= p else fill(z, eye, rank)
     if accurate:
         u, values, vh = svd(z)
@@ -124,7 +125,7 @@ def improve(classes: Classes, left: np.ndarray, right: np.ndarray, advance: Adva
         u, blocks = th @ u, th @ blocks
     if c is not None:
         v, blocks = v @ c.solid[:, None], blocks @ c.solid[:, None]
-    white = np.ascontiguousarray(blocks.transpose(1, 2, 0, 3))
+    white = straight(blocks.transpose(1, 2, 0, 3))
     coupling = (None if c is None else c.coupling, None if d is None else d.coupling)
     u, v, history = descend(white, (u, v), *coupling, advance)
     if d is not None:
