@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-quick bench-projection docs clean
+.PHONY: demo test lint bench bench-quick bench-projection bench-nn bench-gpu docs clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,13 @@ bench-quick: $(VENV)/.bench
 
 bench-projection: $(VENV)/.bench
 	$(BIN)/python bench/projection.py
+
+bench-nn: $(VENV)/.bench
+	$(BIN)/python bench/nn.py --save
+
+# the table of one GPU; OPTIONS=--cpu is the dry run
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python bench/gpu.py $(OPTIONS)
 
 $(VENV)/.bench: pyproject.toml constraints.txt $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

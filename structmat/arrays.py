@@ -87,7 +87,7 @@ def is_inexact(dtype: DType) -> bool:
     """Whether a dtype is floating or complex, i.e. holds values rather than indices."""
     if is_torch_dtype(dtype):
         return bool(dtype.is_floating_point or dtype.is_complex)
-    return dtype.kind in "fc"
+    return dtype.kind in "fc" or (dtype.kind == "V" and dtype.name == "bfloat16")  # of ml_dtypes, in CuPy's arrays
 
 
 def itemsize(dtype: DType) -> int:
@@ -124,7 +124,8 @@ def values(x: Any, what: str, ndim: int = 0) -> Array:
     """
     if kind(x) is None or isinstance(x, np.matrix):
         x = np.asarray(x)
-    if not is_inexact(x.dtype):
+    refused = kind(x) == "numpy" and x.dtype.kind == "V"  # NumPy itself cannot multiply bfloat16
+    if refused or not is_inexact(x.dtype):
         if kind(x) == "torch":
             x = x.to(sys.modules["torch"].get_default_dtype())
         elif x.dtype.kind in "iub":
@@ -202,6 +203,8 @@ def convert(x: Array, target: str, target_device: Any = None) -> Array:
             if x.dtype == sys.modules["torch"].bfloat16:
                 raise TypeError("to: NumPy has no bfloat16; use A.astype(torch.float32) first")
             return x.detach().cpu().resolve_conj().numpy()
+        if k == "cupy" and x.dtype.name == "bfloat16":
+            raise TypeError("to: NumPy has no bfloat16; use A.astype(numpy.float32) first")
         return x.get() if k == "cupy" else x
     if target == "torch":
         torch = _optional("torch")
@@ -211,18 +214,52 @@ def convert(x: Array, target: str, target_device: Any = None) -> Array:
             x = torch.from_numpy(x if x.flags.writeable else x.copy())
         return x if target_device is None else x.to(target_device)
     if target == "cupy":
-        cupy = _optional("cupy")
-        return cupy.from_dlpack(x) if k == "torch" else cupy.asarray(x)
+        cupy = cupy_with_device("to")
+        if k == "torch" and x.device.type == "cuda":
+            return cupy.from_dlpack(x.detach().resolve_conj())
+        if k == "torch" and x.dtype == sys.modules["torch"].bfloat16:
+            bits = x.detach().cpu().view(sys.modules["torch"].int16).numpy()
+            return _moved(cupy, bits).view(_optional("ml_dtypes").bfloat16)
+        return _moved(cupy, convert(x, "numpy") if k == "torch" else x)
     raise ValueError(f"to: expected 'numpy', 'torch', 'cupy' or a torch device, got {target!r}")
+
+
+def cupy_with_device(what: str) -> Any:
+    """CuPy; ``ImportError`` where it cannot be imported, ``RuntimeError`` where it finds no driver or no device."""
+    cupy = _optional("cupy")
+    if not cupy.cuda.is_available():
+        try:
+            reason = f"{cupy.cuda.runtime.getDeviceCount()} devices"
+        except RuntimeError as error:  # CuPy's CUDARuntimeError
+            reason = str(error)
+        raise RuntimeError(
+            f"{what}: CuPy {cupy.__version__} is installed but finds no CUDA device ({reason}); a GPU and an NVIDIA driver "
+            "for its version of CUDA are needed (python -c 'import cupy; cupy.show_config()' says what is there)"
+        )
+    return cupy
+
+
+def _moved(cupy: Any, x: Array) -> Array:
+    """A NumPy or CuPy array on the current device; ``MemoryError`` with advice where there is no room."""
+    try:
+        return cupy.asarray(x)
+    except MemoryError as error:
+        raise MemoryError(
+            f"to: the GPU is out of memory ({error}); nothing has been changed, and "
+            "cupy.get_default_memory_pool().free_all_blocks() gives back what CuPy keeps for later"
+        ) from error
 
 
 def _optional(name: str) -> Any:
     import importlib
+    import importlib.util
 
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        extra = {"cupy": "cuda"}.get(name, name)
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
+            raise ImportError(f"{name} is installed but cannot be imported: {error}") from error
+        extra = {"cupy": "cuda", "ml_dtypes": "cuda"}.get(name, name)
         raise ImportError(f"{name} is needed here: pip install 'structmat[{extra}]'") from error
 
 

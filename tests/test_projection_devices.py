@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -325,18 +320,6 @@ def test_slices_backwards_are_whole():
 
 
 # ---- other devices ----------------------------------------------------------------------------------------------------
-
-
-def test_the_stand_in_of_cupy():
-    """Every family on the strict stand-in, in a process of its own: no mixing with NumPy, no array on another device."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
-    path = here / "cuda" / "standin" / "test_standin_projection.py"
-    done = subprocess.run(
-        [*command, str(path)], capture_output=True, text=True, env={**os.environ, "STRUCTMAT_STANDIN": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"{len(PLAIN) + len(WEIGHTED) + 5} passed" in done.stdout
 
 
 @pytest.mark.gpu

@@ -6,9 +6,10 @@ import warnings
 from contextvars import ContextVar, Token
 from types import TracebackType
 
+from structmat import arrays
 from structmat.backends.base import Backend
 from structmat.backends.numpy import NumpyBackend
-from structmat.backends.torch import TorchBackend
+from structmat.backends.torch import TorchBackend, TorchOperatorBackend
 
 _backends: dict[str, tuple[Backend, str]] = {}  # name -> (backend, library of the arrays it takes)
 _chosen: ContextVar[dict[str, Backend]] = ContextVar("structmat_backends", default={})  # noqa: B039 (never mutated)
@@ -31,7 +32,7 @@ def register(backend: Backend, library: str) -> None:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that can be used now.
+    """Names of the backends whose library is installed (whether there is a GPU for ``"cupy"`` shows when it is used).
 
     Examples
     --------
@@ -39,7 +40,8 @@ def available() -> tuple[str, ...]:
     >>> "numpy" in sm.backends.available()
     True
     """
-    known = {"numpy": "numpy", "numba": "numba"} | {name: library for name, (_, library) in _backends.items()}
+    libraries = {name: library for name, (_, library) in _backends.items()}
+    known = {"numpy": "numpy", "numba": "numba", "cupy": "cupy"} | libraries
     needs = known | {"numba": "numba"}
     return tuple(name for name in known if _installed(needs[name]))
 
@@ -56,6 +58,8 @@ class use_backend:  # noqa: N801 (reads as a verb: with use_backend("numpy"): ..
     ------
     ValueError
         If no such backend is registered; the message lists those that are.
+    ImportError, RuntimeError
+        For ``"cupy"`` where CuPy cannot be imported, or finds no driver or device.
 
     Examples
     --------
@@ -69,6 +73,8 @@ class use_backend:  # noqa: N801 (reads as a verb: with use_backend("numpy"): ..
             raise ValueError(f"use_backend: expected one of {', '.join(available())}; got {name!r}")
         backend = _load(name)
         library = _backends[name][1]
+        if library == "cupy":
+            arrays.cupy_with_device("use_backend")
         self._token: Token[dict[str, Backend]] = _chosen.set({**_chosen.get(), library: backend})
 
     def __enter__(self) -> use_backend:
@@ -87,7 +93,9 @@ def backend_for(library: str | None) -> Backend:
     if chosen and library in chosen:
         return chosen[library]
     backend = _default.get(library)
-    return backend if backend is not None else _fastest_for_numpy()
+    if backend is None:
+        backend = _load("cupy") if library == "cupy" else _fastest_for_numpy()
+    return backend
 
 
 def _fastest_for_numpy() -> Backend:
@@ -115,14 +123,19 @@ def _installed(library: str) -> bool:
 
 
 def _load(name: str) -> Backend:
-    """The backend of this name; Numba's is imported when it is first asked for."""
+    """The backend of this name; Numba's and CuPy's are imported when they are first asked for."""
     if name == "numba" and name not in _backends:
         from structmat.backends.numba import NumbaBackend
 
         register(NumbaBackend(), "numpy")
+    if name == "cupy" and name not in _backends:
+        from structmat.backends.cupy import CupyBackend
+
+        register(CupyBackend(), "cupy")
     return _backends[name][0]
 
 
 register(NumpyBackend(), "numpy")
 register(TorchBackend(), "torch")
-_default: dict[str, Backend] = {"torch": _backends["torch"][0], "cupy": Backend()}
+register(TorchOperatorBackend(), "torch")
+_default: dict[str, Backend] = {"torch": _backends["torch"][0]}
