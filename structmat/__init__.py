@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from structmat.projection.certificate import Projection as Projection
     from structmat.projection.moments import Moments as Moments
     from structmat.projection.project import project as project
+    from structmat.storage import load as load
+    from structmat.storage import save as save
 
 __version__ = "0.1.0"
 
@@ -72,8 +74,10 @@ _LATER = {
     "approximate": "structmat.projection.approximate",
     "blast_patterns": "structmat.projection.blast",
     "linalg": "structmat.linalg",
+    "load": "structmat.storage",
     "plotting": "structmat.plotting",
     "project": "structmat.projection.project",
+    "save": "structmat.storage",
     "testing": "structmat.testing",
 }
 

@@ -140,16 +140,16 @@ def damage_bits(path):
 def drop(path):
     tensors = safetensors.load_file(path)
     del tensors["first.factors.1"]
-    from structmat.nn.storage import _checksum
+    from structmat.files import checksum
 
-    rewritten(path, tensors, checksum=_checksum(tensors))
+    rewritten(path, tensors, checksum=checksum(tensors))
 
 
 def add(path):
     tensors = safetensors.load_file(path) | {"third.weight": torch.zeros(2, 2)}
-    from structmat.nn.storage import _checksum
+    from structmat.files import checksum
 
-    rewritten(path, tensors, checksum=_checksum(tensors))
+    rewritten(path, tensors, checksum=checksum(tensors))
 
 
 def move(path):
@@ -203,6 +203,55 @@ def test_other_refusals(tmp_path):
     with pytest.raises(ValueError, match="meta device"):
         snn.save(Net().to("meta"), path)
     assert torch.isfinite(snn.load(Net(), path)(torch.ones(18))).all(), "a failed save leaves the old file"
+
+
+def joined():
+    """Two layers with one right factor, as a joint projection makes them."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(18, 12) for name in ("query", "key")})
+    for name in model:
+        model[name] = snn.StructuredLinear.from_operator(OPERATORS["low_rank"](), torch.randn(12), dtype=torch.float32)
+    model["key"].factors[1] = model["query"].factors[1]
+    return model
+
+
+def dense_pair():
+    return torch.nn.ModuleDict({name: torch.nn.Linear(18, 12) for name in ("query", "key")})
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta", "structured"])
+def test_a_shared_factor_is_stored_once_and_is_one_parameter_again(place, tmp_path):
+    model, x = joined(), torch.randn(3, 18)
+    snn.save(model, tmp_path / "m.safetensors")
+    assert "key.factors.1" not in safetensors.load_file(tmp_path / "m.safetensors")
+    fresh = joined() if place == "structured" else dense_pair().to(place)
+    snn.load(fresh, tmp_path / "m.safetensors")
+    assert fresh["key"].factors[1] is fresh["query"].factors[1]
+    assert len(list(fresh.parameters())) == 5
+    assert all(torch.equal(fresh[name](x), model[name](x)) for name in model)
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"),
+    [
+        ({"1": ["nowhere", 1]}, "shares factor 1 with"),
+        ({"7": ["query", 1]}, "shares factor 7 with"),
+        ({"0": ["query", 1]}, "is said to be"),
+        ({"x": 3}, "shares factor x with"),
+    ],
+)
+def test_a_shared_factor_that_is_not_there_is_refused(shared, message, tmp_path):
+    path = tmp_path / "m.safetensors"
+    snn.save(joined(), path)
+    with safetensors.safe_open(path, "pt") as file:
+        layers = json.loads(file.metadata()["structmat"])["layers"]
+    layers["key"]["shared"] = shared
+    rewritten(path, layers=layers)
+    model = dense_pair()
+    before = values(model)
+    with pytest.raises(ValueError, match=message):
+        snn.load(model, path)
+    assert same(model, before)
 
 
 # ---- transformers -----------------------------------------------------------------------------------------------------------
@@ -338,6 +387,41 @@ def test_pretrained_models_inside_others_are_told_too(tmp_path):
     assert not hasattr(head, "hf_quantizer")
     assert not hasattr(head.bert, "hf_quantizer")
     assert getattr(head.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_shared_factors_of_a_pretrained_model(interpolative, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, slot = bert(), 0 if interpolative else 1
+    config = {"structure": "low_rank", "interpolative": interpolative, "joint": True}
+    plan = snn.plan(model, {r"re:encoder.*": config}, budget=0.5)
+    snn.convert(model, plan, snn.calibrate(model, [torch.randint(40, (64, 16))], plan))
+    count = sum(p.numel() for p in model.parameters())
+
+    def right(found):
+        attention = found.encoder.layer[1].attention.self
+        shared = attention.query.factors[slot] is attention.key.factors[slot] is attention.value.factors[slot]
+        return shared and sum(p.numel() for p in found.parameters()) == count
+
+    assert right(model)
+    model.save_pretrained(tmp_path / "a")
+    again, info = transformers.AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(info.values())
+    assert right(again)
+    assert torch.equal(outputs(again.eval()), outputs(model))
+    again.save_pretrained(tmp_path / "b")
+    whole = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "b").eval()
+    assert right(whole.bert)
+    assert torch.equal(outputs(whole.bert), outputs(model))
+    done = in_a_new_process(tmp_path / "b", tmp_path / "out.pt", "import structmat.nn")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "out.pt")[1], outputs(model))
+    dense = again.dequantize()
+    assert not getattr(dense, "all_tied_weights_keys", None)
+    dense.save_pretrained(tmp_path / "c")
+    plain, info = transformers.AutoModel.from_pretrained(tmp_path / "c", output_loading_info=True)
+    assert not any(info.values())
+    assert torch.allclose(outputs(plain.eval()), outputs(model), atol=1e-5)
 
 
 def test_snn_save_and_load_of_a_pretrained_model(tmp_path):

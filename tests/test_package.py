@@ -36,7 +36,7 @@ def test_numba_is_imported_when_its_backend_is_asked_for():
     assert run(f"{use}\nA @ ([1] * 4)\nprint({loaded})").strip() == "True True"
 
 
-@pytest.mark.parametrize("name", ["torch", "scipy", "numba", "array_api_compat", "matplotlib"])
+@pytest.mark.parametrize("name", ["torch", "scipy", "numba", "array_api_compat", "matplotlib", "cupy"])
 def test_a_broken_optional_package_does_not_break_the_import(name, tmp_path):
     (tmp_path / f"{name}.py").write_text("raise RuntimeError('broken on purpose')\n")
     use = "import structmat as sm; print((sm.Monarch.random((4, 4)) @ ([1] * 4)).shape)"
@@ -58,9 +58,15 @@ FLOORS = {  # who may import whom; a module on a line may import those named on 
     "linalg": {"identities", "algebra", "blocks", "structures", "operator", "rules", "arrays", "patterns"},
     "projection": {"linalg", "structures", "algebra", "blocks", "operator", "rules", "arrays", "patterns"},
     "planning": {"operator", "backends", "rules"},
+    "specs": {"operator", "arrays", "patterns"},
+    "files": {"arrays"},
+    "storage": {"specs", "files", "operator", "arrays"},
     "testing": {"operator", "arrays"},
     "plotting": {"projection", "structures", "operator", "rules", "arrays"},
-    "nn": {"projection", "structures", "backends", "operator", "arrays", "patterns", "algebra"},
+    "nn": {
+        *("projection", "structures", "backends", "operator", "arrays", "patterns", "algebra"),
+        *("specs", "files"),
+    },
 }
 
 
@@ -88,7 +94,7 @@ def test_an_import_never_runs_upward(path):
 def test_optional_packages_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text())
     at_home = {"numba", "llvmlite"} if path.is_relative_to(ROOT / "backends" / "numba") else set()
-    at_home |= {"torch"} if path.is_relative_to(ROOT / "nn") else set()
+    at_home |= {"torch"} if path.is_relative_to(ROOT / "nn") or path.parent == ROOT / "backends" / "torch" else set()
     for node in tree.body:
         modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

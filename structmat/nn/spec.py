@@ -18,7 +18,9 @@ from structmat import arrays
 from structmat.algebra import Sum
 from structmat.arrays import Array
 from structmat.operator import Operator
-from structmat.patterns import AxisOrder
+from structmat.specs import Spec, decode, encode
+from structmat.specs import family_name as family_name
+from structmat.specs import family_of as family_of
 from structmat.structures.block_diagonal import BlockDiagonal
 from structmat.structures.block_sparse import BlockSparse
 from structmat.structures.block_tensor_train import BlockTensorTrain, balanced_radices, chain_patterns
@@ -31,7 +33,6 @@ from structmat.structures.kronecker import Kronecker, kronecker_shapes
 from structmat.structures.low_rank import LowRank
 from structmat.structures.monarch import Monarch, two_factor_patterns
 
-Spec = dict[str, Any]
 INTERPOLATIVE = (Interpolative, InterpolativeBlocks)
 
 STRUCTURES: dict[str, type[Operator]] = {
@@ -59,37 +60,15 @@ def describe(operator: Operator) -> tuple[Spec, tuple[Array, ...], tuple[Array, 
         raise ValueError(f"expected an operator that is one matrix, got a stack of shape {operator.shape}")
     values: list[Array] = []
     places: list[Array] = []
-    return _describe(operator, values, places), tuple(values), tuple(places)
 
-
-def _describe(operator: Operator, values: list[Array], places: list[Array]) -> Spec:
-    cls = type(operator)
-    fields = [_encode(v, cls, values, places) for v in operator._values()]
-    return {"family": family_name(cls), "fields": fields}
-
-
-def _encode(value: Any, owner: type[Operator], values: list[Array], places: list[Array]) -> Any:
-    if isinstance(value, Operator):
-        return _describe(value, values, places)
-    if isinstance(value, AxisOrder):
-        return {"order": [list(value.radices), list(value.axes)]}
-    if type(value) is tuple:
-        return {"tuple": [_encode(v, owner, values, places) for v in value]}
-    if arrays.kind(value) is not None:
-        if arrays.is_inexact(value.dtype):
-            return {"values": list(value.shape), "slot": _slot(value, values)}
+    def keep(array: Array, owner: type[Operator]) -> dict[str, Any]:
+        if arrays.is_inexact(array.dtype):
+            return {"values": list(array.shape), "slot": _slot(array, values)}
         if issubclass(owner, INTERPOLATIVE):
-            return {"places": list(value.shape), "slot": _slot(value, places)}
-        return {"indices": arrays.convert(value, "numpy").tolist()}
-    if isinstance(value, (np.dtype, torch.dtype, type)):
-        return {"dtype": str(arrays.as_dtype(value)).removeprefix("torch.")}
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"{owner.__name__}: a layer cannot store a field of type {type(value).__name__}")
+            return {"places": list(array.shape), "slot": _slot(array, places)}
+        return {"indices": arrays.convert(array, "numpy").tolist()}
+
+    return encode(operator, keep), tuple(values), tuple(places)
 
 
 def _slot(array: Array, known: list[Array]) -> int:
@@ -105,30 +84,16 @@ def build(spec: Spec, values: Sequence[Array], places: Sequence[Array] = ()) -> 
 
     Raises ``ValueError`` for a family that is not known: one of somebody else's has to be imported first.
     """
-    fields = [_decode(f, values, places) for f in spec["fields"]]
-    return family_of(spec["family"])._rebuild(*fields)
 
+    def kept(field: dict[str, Any]) -> Array:
+        if "values" in field:
+            return values[field["slot"]]
+        return places[field["slot"]] if "places" in field else np.asarray(field["indices"], dtype=np.intp)
 
-def _decode(field: Any, values: Sequence[Array], places: Sequence[Array]) -> Any:
-    if not isinstance(field, dict):
-        return field
-    if "family" in field:
-        return build(field, values, places)
-    if "tuple" in field:
-        return tuple(_decode(f, values, places) for f in field["tuple"])
-    if "order" in field:
-        radices, axes = field["order"]
-        return AxisOrder(tuple(radices), tuple(axes))
-    if "values" in field:
-        return values[field["slot"]]
-    if "places" in field:
-        return places[field["slot"]]
-    if "indices" in field:
-        return np.asarray(field["indices"], dtype=np.intp)
-    if "dtype" in field:
+    def dtype(field: dict[str, Any]) -> Any:
         return values[0].dtype if values else getattr(torch, field["dtype"])
-    real, imag = field["complex"]
-    return complex(real, imag)
+
+    return decode(spec, kept, dtype)
 
 
 def slots_of(spec: Spec) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[int, ...]]]:
@@ -151,30 +116,17 @@ def slots_of(spec: Spec) -> tuple[dict[int, tuple[int, ...]], dict[int, tuple[in
 
 
 def stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which a layer stores an array: all axes but the last two as one, the block axis, and none of size 1.
+    """The shape in which a layer stores an array: its blocks as axis 0, which FSDP shards, and which is not of size 1.
 
-    Axis 0 is what FSDP shards; blocks ``(a, d, b, c)`` become ``(a*d, b, c)``, a single block ``(b, c)``.
+    Blocks ``(a, d, b, c)`` become ``(a*d, b, c)``, a single block ``(b, c)``, a single row ``(1, c)`` a column ``(c, 1)`` (the
+    same numbers in the same order), a scalar ``(1,)``.
     """
-    if len(shape) < 3:
-        return shape
-    blocks = math.prod(shape[:-2])
-    return (blocks, *shape[-2:]) if blocks != 1 else shape[-2:]
-
-
-def family_name(cls: type[Operator]) -> str:
-    """The name of a family in a spec: its own for structmat's, with the module for those of others."""
-    return cls.__name__ if cls.__module__.startswith("structmat.") else f"{cls.__module__}:{cls.__qualname__}"
-
-
-def family_of(name: str) -> type[Operator]:
-    """The class with this name in a spec, among those that are loaded: a spec never imports anything."""
-    todo = list(Operator.__subclasses__())
-    while todo:
-        cls = todo.pop()
-        if family_name(cls) == name:
-            return cls
-        todo += cls.__subclasses__()
-    raise ValueError(f"no operator family {name!r} is loaded; import the module that defines it first")
+    if len(shape) >= 3:
+        blocks = math.prod(shape[:-2])
+        shape = (blocks, *shape[-2:]) if blocks != 1 else shape[-2:]
+    if len(shape) == 2 and shape[0] == 1:
+        return (shape[1], 1)
+    return shape or (1,)
 
 
 # ---- empty operators ------------------------------------------------------------------------------------------------------

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from structmat import files
+from structmat.files import VERSION as VERSION
 from structmat.nn import huggingface
+from structmat.nn.joint import Shared, shared_factors, tie_as
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import dense_class, is_dense_linear, mark, places, put, shape_of
-
-VERSION = 1  # of the metadata; a file of a later one is refused
-_KEY = "structmat"
+from structmat.nn.sharding import check_unwrapped, is_sharded
 
 
 def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
@@ -53,27 +50,20 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     >>> bool((model(x) == fresh(x)).all())
     True
     """
-    write = _safetensors().torch.save_file
-    stored, aliases = _distinct(model.state_dict())
+    state = model.state_dict()
+    spread = [name for name, x in state.items() if is_sharded(x)]
+    if spread:
+        raise ValueError(
+            f"save: {spread[0]} and {len(spread) - 1} more tensors are spread over processes: use save_sharded, or "
+            "full_state_dict and a model of one process"
+        )
+    stored, aliases = _distinct(state)
     lost = [name for name, x in stored.items() if x.is_meta]
     if lost:
         raise ValueError(
             f"save: {lost[0]} and {len(lost) - 1} more tensors are on the meta device: they have no values"
         )
-    about = {
-        "version": VERSION,
-        "layers": describe(model),
-        "aliases": aliases,
-        "checksum": _checksum(stored),
-    }
-    target = Path(path)
-    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
-    try:
-        write(stored, part, metadata={"format": "pt", _KEY: json.dumps(about, sort_keys=True)})
-        os.replace(part, target)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    files.write(path, "model", "torch", stored, {"layers": describe(model), "aliases": aliases})
 
 
 def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Module:
@@ -99,12 +89,14 @@ def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Modul
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is damaged, not of :func:`save`, of a later version, or its layers, keys or shapes are not those of the model.
+        If it is damaged, not of :func:`save`, of a later version, or its layers, keys or shapes are not those of the model; or
+        if the model is spread over processes.
     """
-    tensors, layers = _read(Path(path))
+    check_unwrapped(model, "load", compiled=True)
+    tensors, layers = _read(path)
     made: dict[str, StructuredLinear] = {}
     for name, entry in layers.items():
-        layer = _build(model, name, entry)
+        layer = empty_layer(model, name, entry)
         made |= dict.fromkeys(places(model, name), layer)  # a module that is used twice is replaced twice
     structured = {name for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
     if structured - set(made):
@@ -112,9 +104,14 @@ def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Modul
         raise ValueError(
             f"load: {names}: structured in the model, dense in the file; load into a model with them dense"
         )
+    try:
+        shared = read_shared(layers, made)
+    except ValueError as error:
+        raise ValueError(f"load: {path}: {error}") from error
     _compare(_expected(model, made), tensors, str(path))
     for name in layers:
         _fill(made[name], model.get_submodule(name), name, tensors)
+    tie_as(made, shared)
     for name, layer in made.items():  # nothing from here on can fail: keys and shapes have been compared
         model = put(model, name, layer)
     rest = {k: x for k, x in tensors.items() if _owner(k, made) is None}
@@ -137,12 +134,29 @@ def _fill(layer: StructuredLinear, old: torch.nn.Module, name: str, tensors: Map
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any]:
-    """For the name of every structured layer its config and the class of dense layer that it stands for."""
+    """For the name of every structured layer its config, the class of dense layer that it stands for, and shared factors."""
+    shared = shared_factors(model)
     return {
         name: {"config": module.config, "class": dense_class(module)}
+        | ({"shared": {str(slot): list(home) for slot, home in shared[name].items()}} if name in shared else {})
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear)
     }
+
+
+def read_shared(layers: Mapping[str, Any], known: Mapping[str, StructuredLinear]) -> dict[str, Shared]:
+    """The shared factors of descriptions; ``ValueError`` if one is not where it is said to be, or of another shape."""
+    found: dict[str, Shared] = {}
+    for name, entry in layers.items():
+        for slot, home in entry.get("shared", {}).items():
+            try:
+                mine, other = known[name].factors[int(slot)], known[home[0]].factors[int(home[1])]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ValueError(f"{name}: shares factor {slot} with {home}, which there is not") from error
+            if mine.shape != other.shape:
+                raise ValueError(f"{name}: factor {slot} {tuple(mine.shape)} is said to be {home} {tuple(other.shape)}")
+            found.setdefault(name, {})[int(slot)] = home[0], int(home[1])
+    return found
 
 
 def build(entry: Mapping[str, Any], device: Any = None, dtype: Any = None) -> StructuredLinear:
@@ -158,7 +172,7 @@ def build(entry: Mapping[str, Any], device: Any = None, dtype: Any = None) -> St
     return layer
 
 
-def _build(model: torch.nn.Module, name: str, entry: Mapping[str, Any]) -> StructuredLinear:
+def empty_layer(model: torch.nn.Module, name: str, entry: Mapping[str, Any]) -> StructuredLinear:
     """The empty layer for a name, on the meta device, checked against what it replaces."""
     try:
         old = model.get_submodule(name)
@@ -224,47 +238,14 @@ def _distinct(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor
     return stored, aliases
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
-    """CRC-32 of all values, in the order of the names."""
-    total = 0
-    for name in sorted(tensors):
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        total = zlib.crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), total))
-    return total
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of a file by all their names, and the descriptions of its layers; ``ValueError`` that says what is wrong."""
-    safetensors = _safetensors()
-    if not path.is_file():
-        raise FileNotFoundError(f"load: no file {path}")
+    tensors, about = files.read(path, "model")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"load: {path} is damaged or no safetensors file: {error}") from error
-    if _KEY not in metadata:
-        raise ValueError(f"load: {path} is not of structmat.nn.save: its metadata have no {_KEY!r}")
-    try:
-        about = json.loads(metadata[_KEY])
-        version, layers, aliases, checksum = (about[k] for k in ("version", "layers", "aliases", "checksum"))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"load: {path}: its {_KEY!r} metadata cannot be read: {error}") from error
-    if not isinstance(version, int) or version > VERSION:
-        raise ValueError(f"load: {path} has version {version} of the metadata, this structmat reads up to {VERSION}")
-    if checksum != _checksum(tensors):
-        raise ValueError(f"load: {path} is damaged: its values do not have the checksum {checksum}")
+        layers, aliases = dict(about["layers"]), dict(about["aliases"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"load: {path}: its metadata cannot be read: {error}") from error
     unknown = sorted(set(aliases.values()) - set(tensors))
     if unknown:
         raise ValueError(f"load: {path}: its metadata name tensors that it does not hold: {', '.join(unknown)}")
     return tensors | {name: tensors[first] for name, first in aliases.items()}, layers
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("structmat.nn.save and load need safetensors: pip install safetensors") from error
-    return safetensors
