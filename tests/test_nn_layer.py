@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 torch = pytest.importorskip("torch")
 
@@ -22,7 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import structmat as sm  # noqa: E402
 import structmat.nn as snn  # noqa: E402
-from structmat.nn import functions, inference  # noqa: E402
+from structmat.backends.torch import forward  # noqa: E402
+from structmat.nn import inference  # noqa: E402
+from structmat.nn.merging import LARGEST, merging_of  # noqa: E402
 from structmat.patterns import AxisOrder  # noqa: E402
 
 STRUCTURES = {
@@ -44,9 +47,6 @@ STRUCTURES = {
     "toeplitz": (sm.Toeplitz, {}),
 }
 SHAPES = ((12, 16), (13, 7), (16, 16), (1, 5))
-CUSTOM = [
-    name for name in STRUCTURES if name != "toeplitz"
-]  # those whose rows are made of this package's own operations
 
 
 def make(name: str, shape=(13, 7), **kwargs) -> snn.StructuredLinear:
@@ -104,6 +104,60 @@ def test_sums_products_and_multiples_are_layers_too():
         assert torch.equal(again(x), layer(x))
 
 
+def combinations() -> dict[str, sm.Operator]:
+    rng = np.random.default_rng(0)
+    A, B = sm.Monarch.random((6, 8), rng=rng), sm.LowRank.random((6, 8), rank=2, rng=rng)
+    symmetric = rng.standard_normal(6)
+    return {
+        "side by side": sm.hstack([A, B]),
+        "on top of each other": sm.vstack([A, B, sm.Toeplitz.random((3, 8), rng=rng)]),
+        "along the diagonal": sm.block_diag(A, sm.Circulant.random(5, rng=rng)),
+        "a part": (A + B)[[5, 0, 0, 2], :][:, [1, 1, 7]],
+        "one array, two places": sm.Toeplitz(symmetric),
+        "sum with circulant": sm.Circulant.random(6, rng=rng) + 2.0 * sm.Identity(6),
+    }
+
+
+@pytest.mark.parametrize("what", combinations())
+def test_layers_of_the_algebra_and_of_fourier_transforms(what):
+    operator = combinations()[what]
+    layer = snn.StructuredLinear.from_operator(operator, torch.ones(operator.shape[0], dtype=torch.float64))
+    x = torch.randn(2, 3, operator.shape[1], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), x @ torch.from_numpy(np.asarray(operator)).T + 1)
+    assert layer.flops() == operator.flops()
+    assert layer.nparams == operator.nparams or what == "one array, two places"
+    assert torch.autograd.gradcheck(layer, (x,))
+    low = copy.deepcopy(layer).bfloat16()
+    assert low(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(low(x.bfloat16()).double(), layer(x), rtol=0.1, atol=0.1)
+
+
+def test_fourier_matrices_in_a_layer():
+    operator = sm.fourier(6).H @ sm.Diagonal(np.arange(6) + 1j) @ sm.fourier(6)
+    layer = snn.StructuredLinear.from_operator(operator)
+    x = torch.randn(4, 6, dtype=torch.complex128)
+    torch.testing.assert_close(layer(x), x @ torch.from_numpy(np.asarray(operator)).T)
+    assert layer(x[:0]).shape == (0, 6)
+
+
+class Doubled(sm.Diagonal):
+    """Somebody's family that inherits the fields of another and multiplies by something else."""
+
+    def _matmat(self, x):
+        return 2 * super()._matmat(x)
+
+    def _rows(self, x):
+        return 2 * super()._rows(x)
+
+
+def test_operators_of_others_are_asked_for_their_own_product():
+    layer = snn.StructuredLinear.from_operator(Doubled(torch.arange(1.0, 4)))
+    assert layer(torch.ones(3)).tolist() == [2, 4, 6]
+    inverse = (sm.Monarch.random((4, 4), rank=2, rng=0) + sm.Monarch.random((4, 4), blocks=1, rng=1)).inv()
+    with pytest.raises(TypeError, match="cannot be a layer"):
+        snn.StructuredLinear.from_operator(inverse)
+
+
 def test_axis_orders_of_every_kind_are_undone():
     rng = np.random.default_rng(0)
     factors = [rng.standard_normal((1, 4, 3, 6)), rng.standard_normal((6, 1, 4, 2))]
@@ -138,24 +192,87 @@ def test_gradients_and_second_gradients(name):
 @pytest.mark.parametrize("name", ["btt", "monarch", "monarch rank 3", "btt 3 cores", "butterfly", "block diagonal"])
 @pytest.mark.parametrize("shape", [(12, 16), (13, 7)])
 def test_the_training_path_is_the_composed_one_in_chunks(name, shape, monkeypatch):
-    monkeypatch.setattr(functions, "LEAST_CHUNK", 3)
-    monkeypatch.setattr(functions, "CACHE_BYTES", 0)
+    monkeypatch.setattr(forward, "LEAST_CHUNK", 3)
+    monkeypatch.setattr(forward, "CACHE_BYTES", 0)
+    monkeypatch.setattr("structmat.nn.merging.merging_of", lambda *_: None)
     layer = make(name, shape, dtype=torch.float64)
     x = torch.randn(10, shape[1], dtype=torch.float64, requires_grad=True)
     y = layer(x)
-    assert "_Chain" in type(y.grad_fn.next_functions[0][0]).__name__ or "_Chain" in type(y.grad_fn).__name__
+    assert "Chain" in type(y.grad_fn.next_functions[0][0]).__name__ or "Chain" in type(y.grad_fn).__name__
     got = torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])
     with monkeypatch.context() as m:
-        m.setattr("structmat.nn.programs.functions.eager", lambda *_: False)
+        m.setattr("structmat.nn.functions.eager", lambda *_: False)
+        m.setattr("structmat.backends.torch.autograd.eager", lambda *_: False)
         z = layer(x)
+        assert "Chain" not in type(z.grad_fn.next_functions[0][0]).__name__ + type(z.grad_fn).__name__
         expected = torch.autograd.grad(z.square().sum(), [x, *layer.parameters()])
     torch.testing.assert_close(y, z)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_nothing_but_the_input_is_saved():
-    layer = make("monarch", (64, 64))
+def composed(layer, x):
+    """The layer without its training path."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("structmat.nn.functions.eager", lambda *_: False)
+        m.setattr("structmat.backends.torch.autograd.eager", lambda *_: False)
+        return layer(x)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (50, 64), (96, 40), (16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_small_factors_are_multiplied_out_and_get_their_gradients(shape, dtype):
+    torch.manual_seed(0)
+    layer = snn.StructuredLinear(shape[1], shape[0], structure="butterfly", dtype=dtype)
+    merging = merging_of(layer.program.chain, 512)
+    assert len(merging.merged) < len(layer.factors)
+    assert max(max(p.b, p.c) for p in merging.merged) <= LARGEST
+    x = torch.randn(512, shape[1], dtype=dtype, requires_grad=True)
+    y, z = layer(x), composed(layer, x)
+    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(y, z, **tolerance)
+    wanted = [x, *layer.parameters()]
+    got, expected = (torch.autograd.grad(r.square().mean(), wanted) for r in (y, z))
+    for a, b in zip(got, expected, strict=True):
+        assert float((a - b).norm()) <= (0.05 if dtype == torch.bfloat16 else 1e-12) * float(b.norm())
+
+
+def test_multiplied_out_factors_that_are_frozen():
+    layer = snn.StructuredLinear(64, 64, structure="butterfly", dtype=torch.float64)
+    for factor in (*list(layer.factors)[:3], layer.factors[4]):
+        factor.requires_grad_(False)
+    x = torch.randn(512, 64, dtype=torch.float64)
+    wanted = [layer.factors[3], layer.factors[5], layer.bias]
+    got, expected = (torch.autograd.grad(y.square().mean(), wanted) for y in (layer(x), composed(layer, x)))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_second_gradients_through_multiplied_out_factors():
+    torch.manual_seed(0)
+    layer = snn.StructuredLinear(16, 16, structure="butterfly", dtype=torch.float64)
+    assert merging_of(layer.program.chain, 256)
+    x = torch.randn(256, 16, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    results = []
+    for y in (layer(x), composed(layer, x)):
+        first = torch.autograd.grad(y.pow(3).mean(), wanted, create_graph=True)
+        results.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), wanted)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_factors_are_merged_where_it_pays():
+    chain = snn.StructuredLinear(4096, 4096, structure="butterfly", device="meta").program.chain
+    assert merging_of(chain, 1) is None  # once through twelve factors is less than multiplying them out
+    assert [p.b for p in merging_of(chain, 512).merged] == [16, 16, 16]
+    monarch = snn.StructuredLinear(4096, 4096, structure="monarch", device="meta").program.chain
+    assert merging_of(monarch, 512) is None
+
+
+@pytest.mark.parametrize("name", ["monarch", "btt", "butterfly"])
+def test_nothing_but_the_input_is_saved(name):
+    layer = make(name, (64, 64))
     x = torch.randn(128, 64, requires_grad=True)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -184,7 +301,7 @@ def test_expanded_gradients():
     torch.testing.assert_close(x.grad, layer.operator.to_dense().sum(0).expand(3, -1))
 
 
-@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_checkpointing_and_gradients_per_sample(name):
     layer = make(name, dtype=torch.float64)
     x = torch.randn(4, 3, 7, dtype=torch.float64, requires_grad=True)
@@ -203,7 +320,7 @@ def test_checkpointing_and_gradients_per_sample(name):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own rules use torch.jit
-@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_forward_mode(name):
     layer = make(name, dtype=torch.float64)
     x, v = torch.randn(2, 4, 7, dtype=torch.float64)
@@ -229,14 +346,14 @@ def test_inputs_of_every_shape(name):
     assert layer(x[:, :0]).shape == (4, 0, 13)
     empty = x[:0].clone().requires_grad_()
     layer(empty).sum().backward()
-    if name in CUSTOM:
-        assert all(float(p.grad.abs().sum()) == 0 for p in layer.factors)
+    assert empty.grad.shape == (0, 3, 7)
+    assert all(float(p.grad.abs().sum()) == 0 for p in layer.parameters())
     before = x.clone()
     layer(x)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_dtypes_are_those_of_linear(name):
     def outcome(layer, x, autocast):
         try:
@@ -245,7 +362,7 @@ def test_dtypes_are_those_of_linear(name):
             y.float().sum().backward()
         except RuntimeError:
             return RuntimeError
-        return y.dtype, *(p.grad.dtype for p in layer.parameters() if p.ndim == 1)
+        return y.dtype, layer.bias.grad.dtype
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         for autocast in (False, True):
@@ -257,8 +374,8 @@ def test_dtypes_are_those_of_linear(name):
 
 @pytest.mark.parametrize("name", ["btt", "monarch rank 3", "low rank", "kronecker"])
 def test_bfloat16_is_as_near_as_its_rounding(name, monkeypatch):
-    monkeypatch.setattr(functions, "LEAST_CHUNK", 8)
-    monkeypatch.setattr(functions, "CACHE_BYTES", 0)
+    monkeypatch.setattr(forward, "LEAST_CHUNK", 8)
+    monkeypatch.setattr(forward, "CACHE_BYTES", 0)
     layer = make(name, (64, 64))
     low = copy.deepcopy(layer).bfloat16()
     x = torch.randn(200, 64)
@@ -335,7 +452,9 @@ print(torch.get_num_threads())
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["btt", "monarch rank 3", "low rank", "kronecker", "butterfly", "pixelfly"])
+@pytest.mark.parametrize(
+    "name", ["btt", "monarch rank 3", "low rank", "kronecker", "butterfly", "pixelfly", "toeplitz"]
+)
 def test_compiled_without_graph_breaks(name):
     torch._dynamo.reset()
     layer = make(name)
@@ -350,39 +469,62 @@ def test_compiled_without_graph_breaks(name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+class Together(nn.Module):
+    """A layer of every family, each on as many features as it takes: exporters are slow to start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = [snn.StructuredLinear.from_operator(operator).float() for operator in combinations().values()]
+        self.layers = nn.ModuleList([make(name, (13, 16)) for name in STRUCTURES] + made)
+
+    def forward(self, x):
+        """What every layer makes of the first features."""
+        return tuple(layer(x[..., : layer.in_features]) for layer in self.layers)
+
+
+def check_all(got, expected):
+    for layer, a, b in zip((*STRUCTURES, *combinations()), got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda text, layer=layer: f"{layer}: {text}")
+
+
+SIZES = {0: torch.export.Dim("batch", min=2, max=4096), 1: torch.export.Dim("tokens", min=2, max=4096)}
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CUSTOM)
-def test_traced_by_dynamo_and_exported_with_dynamic_sizes(name):
+def test_every_family_is_one_graph_for_dynamo():
     torch._dynamo.reset()
-    layer = make(name)
-    x = torch.randn(4, 3, 7)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")(x), layer(x))
-    sizes = {0: torch.export.Dim("batch", min=2, max=1 << 20), 1: torch.export.Dim("tokens", min=2, max=1 << 20)}
-    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": sizes}).module()
-    other = torch.randn(6, 5, 7)
-    torch.testing.assert_close(exported(other), layer(other))
+    model = Together()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x in (torch.randn(4, 3, 16), torch.randn(7, 2, 16)):
+        check_all(compiled(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strict", [False, True])
+def test_every_family_is_exported_with_dynamic_sizes(strict):
+    model, x = Together(), torch.randn(6, 5, 16)
+    program = torch.export.export(model, (torch.randn(4, 3, 16),), dynamic_shapes={"x": SIZES}, strict=strict)
+    check_all(program.module()(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_in_onnx_as_its_reference_implementation_evaluates_it():
+    model, x = Together(), torch.randn(6, 5, 16)
+    example = (torch.randn(4, 3, 16),)
+    program = torch.onnx.export(model, example, dynamo=True, dynamic_shapes=(SIZES,), verbose=False)
+    got = ReferenceEvaluator(program.model_proto).run(None, {"x": x.numpy()})
+    check_all([torch.from_numpy(y) for y in got], model(x))
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_jit_trace(name):
     layer = make(name)
     x = torch.randn(4, 7)
     torch.testing.assert_close(torch.jit.trace(layer, (x,))(x), layer(x))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["btt", "low rank", "kronecker"])
-def test_onnx(name):
-    pytest.importorskip("onnxscript")
-    reference = pytest.importorskip("onnx.reference")
-    layer = make(name)
-    x = torch.randn(4, 3, 7)
-    sizes = {0: torch.export.Dim("batch", min=2, max=4096), 1: torch.export.Dim("tokens", min=2, max=4096)}
-    program = torch.onnx.export(layer, (x,), dynamo=True, dynamic_shapes=(sizes,))
-    other = torch.randn(6, 5, 7)
-    got = reference.ReferenceEvaluator(program.model_proto).run(None, {"x": other.numpy()})[0]
-    torch.testing.assert_close(torch.from_numpy(got), layer(other), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["btt", "monarch rank 3", "low rank", "kronecker", "butterfly", "block diagonal"])

@@ -81,22 +81,32 @@ class Calibration(Mapping[str, Moments]):
     def reduce(self, group: Any = None) -> Calibration:
         """The sums over all processes of a ``torch.distributed`` group, the same in each of them.
 
-        One all-reduce of ``n**2 + n + 1`` float64 numbers for each distinct input. Every process must have calibrated the
-        same layers. Raises ``RuntimeError`` if ``torch.distributed`` is not initialised.
+        One all-reduce of ``n**2 + n + 1`` float64 numbers for each distinct input. Raises ``RuntimeError`` if
+        ``torch.distributed`` is not initialised, and ``ValueError``, in all processes, unless they have calibrated the same
+        layers.
         """
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("Calibration.reduce: torch.distributed is not initialised in this process")
+        mine = sorted(self._leaders.items()), {name: len(m.total) for name, m in self._moments.items()}
+        everyones: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyones, mine, group=group)
+        if any(theirs != everyones[0] for theirs in everyones):
+            counts = ", ".join(f"{len(leaders)} layers of {len(widths)} inputs" for leaders, widths in everyones)
+            raise ValueError(
+                "Calibration.reduce: the processes have moments of other layers, or of layers that share inputs otherwise: "
+                f"{counts}"
+            )
         where = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
         found = {}
-        for name, m in self._moments.items():
+        for name, m in sorted(self._moments.items()):  # in every process in the same order
             flat = torch.cat([torch.from_numpy(m.gram).reshape(-1), torch.from_numpy(m.total), torch.tensor([m.count])])
             flat = flat.to(where)
             dist.all_reduce(flat, group=group)
             host, n = flat.cpu().numpy(), len(m.total)
             found[name] = Moments(host[: n * n].reshape(n, n), host[n * n : -1], round(float(host[-1])))
-        return Calibration(found, self._leaders)
+        return Calibration({name: found[name] for name in self._moments}, self._leaders)
 
     def __repr__(self) -> str:
         return f"<Calibration: {len(self)} layers, {len(self._moments)} distinct inputs, {self.tokens} tokens>"
@@ -205,7 +215,7 @@ class Sums:
         for start in range(0, x.shape[0], _CHUNK):
             part = x[start : start + _CHUNK].to(exact)
             other = part if y is None else y[start : start + _CHUNK].to(exact)
-            self.gram = self.gram + (part.T @ other).double()
+            self.gram = self.gram + _product(part, other).double()
             self.total = self.total + part.sum(0, dtype=torch.float64)
         self.count += x.shape[0]
 
@@ -217,6 +227,14 @@ class Sums:
         if not math.isfinite(float(gram.sum())):
             raise ValueError(f"calibrate: {name}: its inputs hold NaN or infinite numbers")
         return Moments((gram + gram.T) / 2, total, self.count)
+
+
+def _product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x^T y``; NumPy knows that ``x^T x`` is symmetric and computes half of it."""
+    if x is not y or x.device.type != "cpu":
+        return x.T @ y
+    rows = x.detach().contiguous().numpy()
+    return torch.from_numpy(rows.T @ rows)
 
 
 class _Listener:

@@ -32,7 +32,7 @@ class Choice:
     structure
         ``"low_rank"``, ``"btt"``, ... or an Operator class.
     options
-        Keywords of :func:`structmat.project`.
+        Keywords of :func:`structmat.project`, and for low-rank layers ``joint``.
     """
 
     structure: str | type[Operator]
@@ -50,7 +50,7 @@ class Choice:
     @property
     def project_options(self) -> dict[str, Any]:
         """The keywords of :func:`structmat.project`."""
-        inside = ("block", "rank") if self.structure == PIXELFLY else ()
+        inside = ("block", "rank") if self.structure == PIXELFLY else ("joint",)
         return {k: v for k, v in self.options.items() if k not in inside}
 
     @property
@@ -85,11 +85,16 @@ def read_choice(config: Any, budget: float | None) -> Choice:
         if family not in FAMILIES:
             raise TypeError(f"plan: nothing is known of projecting onto {family.__name__}")
         takes, sizes = (*FAMILIES[family].options, "budget", "tol", "transposed"), FAMILIES[family].sizes
+        takes = (*takes, "joint") if family is LowRank else takes
     for option in options:
         if option not in takes:
             raise TypeError(f"plan: {option}: {structure!r} has no such option; it takes {', '.join(takes)}")
     if budget is not None and not any(k in options for k in (*sizes, "budget", "tol")):
         options["budget"] = budget
+    if "joint" in options and not isinstance(options["joint"], bool):
+        raise TypeError(f"plan: joint: expected True or False, got {options['joint']!r}")
+    if options.get("joint") and options.get("transposed"):
+        raise ValueError("plan: joint: layers share their right factor; expected no transposed=True with it")
     if "budget" in options:
         parameter_limit(options["budget"], (1, 1))  # refuses one above 1 before any layer is looked at
     return Choice(structure, options)
@@ -101,7 +106,7 @@ def example(choice: Choice, shape: tuple[int, int]) -> Operator:
     Where a budget or tolerance leaves the architecture to the values of the matrix, that of a random matrix. Raises
     ``ValueError`` if there is none for the shape.
     """
-    options = dict(choice.options)
+    options = {k: v for k, v in choice.options.items() if k != "joint"}
     if choice.structure == PIXELFLY:
         return _of_noise(choice, shape) if "budget" in options else empty(PIXELFLY, shape, **options)
     family = read_structure(choice.structure)

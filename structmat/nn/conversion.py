@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 from torch import nn
 
 from structmat.nn import huggingface
+from structmat.nn.calibration import Calibration
 from structmat.nn.fitting import Job, fit
+from structmat.nn.joint import grouped, wants
 from structmat.nn.layer import StructuredLinear
-from structmat.nn.modules import put, to_dense
+from structmat.nn.modules import put
 from structmat.nn.plan import Entry, Plan, check
+from structmat.nn.sharding import check_unwrapped
+from structmat.nn.shared_work import fit_over
 from structmat.projection.moments import Moments
 from structmat.projection.progress import bar
 
@@ -29,9 +33,11 @@ def convert(
     moments: Mapping[str, Moments] | None = None,
     *,
     held_out: Mapping[str, Moments] | None = None,
+    joint: bool = False,
     centered: bool = True,
     damping: float | None = None,
     optimizer: Any = None,
+    group: Any = None,
     threads: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
@@ -50,6 +56,10 @@ def convert(
         Of the inputs of the layers by name, from :func:`structmat.nn.calibrate`.
     held_out
         Of other data, for the report alone.
+    joint
+        True projects low-rank layers that read the same input (query, key and value; gate and up) as one matrix, their weights
+        on top of each other: they share its right factor, one parameter in all of them, and the budget buys a larger rank.
+        ``"joint": True`` in a config asks for its layers alone. Which layers these are is known from the calibration.
     centered
         True minimises the error of centred inputs and lets the bias take up the mean, for layers that have one.
     damping
@@ -57,6 +67,10 @@ def convert(
     optimizer
         The optimizer of the model, if there is one: refused if it holds a parameter that is replaced, which it would go on
         updating to no effect.
+    group
+        A ``torch.distributed`` group (``torch.distributed.group.WORLD``) whose processes all make this call with the same
+        model, plan and moments: each projects a part of the layers, largest first, and all get the same ones, bit by bit those
+        of one process alone. Default: this process projects all of them.
     threads
         Layers that are projected at once, with one BLAS thread each where threadpoolctl is installed. Default: the cores.
     progress
@@ -71,7 +85,8 @@ def convert(
     ------
     ValueError
         If the plan is not of this model, a layer is converted already or has no values, moments are missing or of another
-        width, or the optimizer was built before.
+        width, layers are to be joined without a :class:`structmat.nn.Calibration`, the optimizer was built before, or the model
+        is wrapped already (DDP, ``fully_shard``, ``torch.compile``).
 
     Warns
     -----
@@ -87,6 +102,7 @@ def convert(
     >>> snn.convert(model, plan, moments)[0].operator.rank
     8
     """
+    check_unwrapped(model, "convert")
     check(plan, model)
     check_optimizer(model, plan, optimizer)
     for given, what in ((moments, "moments"), (held_out, "held_out")):
@@ -96,24 +112,51 @@ def convert(
         warn_data_free(plan)
     else:
         warn_few(plan, moments)
+    groups = grouped(plan.converted, _inputs(plan, moments, joint), model, joint)
     jobs = [
-        Job(
-            entry.name,
-            model.get_submodule(entry.name),
-            chosen(entry),
-            None if moments is None else moments[entry.name],
-            None if held_out is None else held_out[entry.name],
-            centered,
-            damping,
-        )
-        for entry in plan.converted
+        [
+            Job(
+                entry.name,
+                model.get_submodule(entry.name),
+                chosen(entry),
+                None if moments is None else moments[entry.name],
+                None if held_out is None else held_out[entry.name],
+                centered,
+                damping,
+            )
+            for entry in together
+        ]
+        for together in groups
     ]
     with bar(progress, "convert") as advance:
-        layers = dict(zip((e.name for e in plan.converted), fit_all(jobs, threads, advance), strict=True))
+        if group is None:
+            found = fit_all(jobs, threads, advance)
+        else:
+            with _one_blas_thread(_workers(len(jobs), threads)):  # as if all were projected here: the same bits
+                found = fit_over(group, jobs, lambda some: fit_all(some, threads, advance))
+    pairs = [pair for together, made in zip(groups, found, strict=True) for pair in zip(together, made, strict=True)]
+    layers = {entry.name: layer for entry, layer in pairs}
     with all_or_nothing(model) as replaced:
         for entry in plan.converted:
             replaced(entry, layers[entry.name])
     return finished(model, plan, layers)
+
+
+def _inputs(plan: Plan, moments: Any, joint: bool) -> tuple[tuple[str, ...], ...]:
+    """Names of the layers that read the same input, as far as it matters."""
+    asking = [entry for entry in plan.converted if wants(entry, joint)]
+    if not asking:
+        if joint:
+            raise ValueError(
+                "convert: joint: no layer of the plan is low-rank; only these have one right factor to share"
+            )
+        return ()
+    if not isinstance(moments, Calibration):
+        raise ValueError(
+            f"convert: joint: which layers read the same input as {asking[0].name or 'the model'} is known from a calibration; "
+            f"expected moments from structmat.nn.calibrate, got {type(moments).__name__}"
+        )
+    return moments.groups
 
 
 def finished(model: nn.Module, plan: Plan, layers: Mapping[str, StructuredLinear]) -> nn.Module:
@@ -121,28 +164,6 @@ def finished(model: nn.Module, plan: Plan, layers: Mapping[str, StructuredLinear
     untie(model, plan)
     huggingface.attach(model)
     return layers.get("", model)
-
-
-def dequantize(model: nn.Module) -> nn.Module:
-    """Multiply all structured layers out again, in place: an ordinary dense model.
-
-    Layers that stood for a ``Conv1D`` become one. Returns the model, or the dense layer if the model is one structured layer.
-
-    Examples
-    --------
-    >>> import torch, structmat.nn as snn
-    >>> model = torch.nn.Sequential(snn.StructuredLinear(8, 8, structure="low_rank", rank=2))
-    >>> snn.dequantize(model)
-    Sequential(
-      (0): Linear(in_features=8, out_features=8, bias=True)
-    )
-    """
-    found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)}
-    dense = {id(m): to_dense(m) for m in found.values()}
-    for name, module in found.items():
-        model = put(model, name, dense[id(module)])
-    huggingface.detach(model)
-    return model
 
 
 # ---- checks ---------------------------------------------------------------------------------------------------------------
@@ -211,23 +232,29 @@ def warn_few(plan: Plan, moments: Mapping[str, Moments]) -> None:
 # ---- work and placement ---------------------------------------------------------------------------------------------------
 
 
-def fit_all(jobs: Iterable[Job], threads: int | None, advance: Callable[[int, int], Any]) -> list[StructuredLinear]:
-    """The structured layers of all jobs, several at once; an error or interrupt cancels those that have not begun."""
+def fit_all(
+    groups: Iterable[Sequence[Job]], threads: int | None, advance: Callable[[int, int], Any]
+) -> list[list[StructuredLinear]]:
+    """The layers of all groups of jobs, several groups at once; an error or interrupt cancels those that have not begun."""
     if threads is not None and threads < 1:
         raise ValueError(f"convert: threads: expected at least 1, got {threads}")
-    todo = list(jobs)
-    advance(0, len(todo))
-    workers = min(max(1, len(todo)), threads or _cores())
+    todo = list(groups)
+    advance(0, sum(map(len, todo)))
+    workers = _workers(len(todo), threads)
     with _one_blas_thread(workers), ThreadPoolExecutor(workers) as pool:
-        largest_first = sorted(range(len(todo)), key=lambda i: -todo[i].module.weight.numel())
+        largest_first = sorted(range(len(todo)), key=lambda i: -sum(job.module.weight.numel() for job in todo[i]))
         futures = {i: pool.submit(fit, todo[i]) for i in largest_first}
         try:
             for future in as_completed(futures.values()):
-                future.result()
-                advance(1, 0)
+                advance(len(future.result()), 0)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return [futures[i].result() for i in range(len(todo))]
+
+
+def _workers(count: int, threads: int | None) -> int:
+    """Groups of layers that are projected at once."""
+    return min(max(1, count), threads or _cores())
 
 
 def _cores() -> int:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from structmat.nn import huggingface
 from structmat.nn.layer import StructuredLinear
+from structmat.nn.modules import put, to_dense
+from structmat.nn.sharding import check_unwrapped
 
 
 def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
-    """Replace every structured layer by the ``nn.Linear`` that it is equal to; in place, and returned.
+    """Replace every structured layer by the dense layer that it is equal to; in place, and returned.
 
     The sparse-to-dense half of Dao et al., "Monarch: Expressive Structured Matrices for Efficient and Accurate Training",
     ICML 2022, section 4: train structured for most of the steps, multiply out, go on dense.
@@ -19,8 +23,8 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Parameters
     ----------
     model
-        Any module; a layer that is used twice stays one layer. A model that is itself a structured layer comes back as another
-        object.
+        Any module; a layer that is used twice stays one layer, and one that stood for a ``Conv1D`` becomes one. A model that is
+        itself a structured layer comes back as another object.
     optimizer
         One that holds parameters of ``model``. The factors leave it with their state, moments of a factor being no moments of
         the product. The dense weights enter without state, so that Adam starts its averages anew for them: warm up for some
@@ -36,7 +40,8 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Raises
     ------
     ValueError
-        If there is no structured layer, or the optimizer holds some of a layer's factors only.
+        If there is no structured layer, the optimizer holds some of a layer's factors only, or the model is spread over
+        processes (DDP, ``fully_shard``, :func:`structmat.nn.parallelize`).
 
     Examples
     --------
@@ -50,23 +55,49 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     if not layers:
         raise ValueError("densify: the model has no structured layer")
     homes = {} if optimizer is None else _homes(optimizer, list(layers.values()))
-    dense = {key: _dense(layer) for key, layer in layers.items()}
+    dense = dense_layers(model)
     if optimizer is not None:
+        made = {id(model.get_submodule(name)): layer for name, layer in dense.items()}
         for key, layer in layers.items():
-            _exchange(optimizer, layer, dense[key].weight, homes.get(key))
+            _exchange(optimizer, layer, made[key].weight, homes.get(key))
         optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if id(child) in dense:
-                setattr(parent, name, dense[id(child)])
-    return dense.get(id(model), model)
+    return _replaced(model, dense)
 
 
-def _dense(layer: StructuredLinear) -> nn.Linear:
-    """The dense layer with the structured one's own bias."""
-    linear = layer.to_linear()
-    linear.bias = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-    return linear
+def dequantize(model: nn.Module) -> nn.Module:
+    """Multiply all structured layers out again, in place: :func:`densify` without an optimizer, also for models without any.
+
+    The name under which transformers' models have it. Returns the model, or the dense layer if the model is one structured
+    layer.
+
+    Examples
+    --------
+    >>> import torch, structmat.nn as snn
+    >>> model = torch.nn.Sequential(snn.StructuredLinear(8, 8, structure="low_rank", rank=2))
+    >>> snn.dequantize(model)
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+    )
+    """
+    return _replaced(model, dense_layers(model))
+
+
+def dense_layers(model: nn.Module) -> dict[str, Any]:
+    """For every name of a structured layer the dense layer that it is equal to, with its own bias; one for each layer."""
+    check_unwrapped(model, "densify", compiled=True)
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)}
+    dense: dict[int, Any] = {id(m): to_dense(m) for m in layers.values()}
+    for layer in layers.values():
+        if layer.bias is not None:
+            dense[id(layer)].bias = layer.bias
+    return {name: dense[id(layer)] for name, layer in layers.items()}
+
+
+def _replaced(model: nn.Module, dense: Mapping[str, nn.Module]) -> nn.Module:
+    for name, layer in dense.items():
+        model = put(model, name, layer)
+    huggingface.detach(model)
+    return model
 
 
 def _homes(optimizer: torch.optim.Optimizer, layers: list[StructuredLinear]) -> dict[int, list[dict[str, Any]]]:
@@ -83,6 +114,17 @@ def _homes(optimizer: torch.optim.Optimizer, layers: list[StructuredLinear]) -> 
         if groups:
             homes[id(layer)] = groups
     return homes
+
+
+def _dropped(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """A parameter leaves the optimizer with its state, if it is there."""
+    for group in optimizer.param_groups:
+        place = next((i for i, p in enumerate(group["params"]) if p is parameter), None)
+        if place is not None:
+            for key in ("params", "names", "param_names"):
+                if len(group.get(key, ())) > place:
+                    del group[key][place]
+            optimizer.state.pop(parameter, None)
 
 
 def _exchange(
@@ -108,11 +150,8 @@ def _exchange(
             decayed / options["lr"] if options["lr"] else first.get("weight_decay", 0.0) * len(groups)
         )
         options |= {"multiplier": first["multiplier"] / rule, "names": ["weight"]}
-    for factor, group in zip(layer.factors, groups, strict=True):
-        place = next(i for i, p in enumerate(group["params"]) if p is factor)
-        for key in ("params", "names", "param_names"):
-            if len(group.get(key, ())) > place:
-                del group[key][place]
-        optimizer.state.pop(factor, None)
+    gains = [p for name, p in layer.named_parameters(recurse=False) if name == "gains"]
+    for parameter in (*layer.factors, *gains):  # one may have left with a layer that shared it
+        _dropped(optimizer, parameter)
     named = "param_names" in first
     optimizer.add_param_group(options | {"params": [("weight", weight)] if named else [weight]})

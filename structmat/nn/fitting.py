@@ -1,8 +1,9 @@
-"""Fitting: one dense layer becomes a structured one, with a record of how far its weight and its outputs are off."""
+"""Fitting: dense layers become structured ones, with a record of how far its weight and its outputs are off."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from structmat.nn.choice import Choice
+from structmat.nn.joint import split, tie
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import is_conv1d, mark, weight_of
 from structmat.projection.moments import Moments
@@ -81,44 +83,64 @@ class Job:
     target: np.ndarray | None = None
     input_mean: np.ndarray | None = None
 
+    @property
+    def weight(self) -> np.ndarray:
+        """The dense weight ``(out, in)`` in double precision."""
+        return weight_of(self.module).double().cpu().numpy()
 
-def fit(job: Job) -> StructuredLinear:
-    """The structured layer, with a ``record`` of its errors; in the dtype and on the device of the dense one.
 
-    Raises ``ValueError`` that names the layer.
+def fit(jobs: Sequence[Job]) -> list[StructuredLinear]:
+    """The structured layers of one job, or of several that read the same input, with a ``record`` of their errors.
+
+    Several are projected as one matrix, their weights on top of each other, and share its right factor. Every layer has the
+    dtype and device of the dense one. Raises ``ValueError`` that names the layers.
     """
-    weight = weight_of(job.module)
-    exact = weight.double().cpu().numpy()
-    options = job.choice.project_options
-    target = exact if job.target is None else job.target
-    centered = job.centered and job.module.bias is not None and job.moments is not None
+    first, moments = jobs[0], jobs[0].moments
+    centered = first.centered and moments is not None and all(job.module.bias is not None for job in jobs)
+    options = first.choice.project_options
+    target = np.concatenate([job.weight if job.target is None else job.target for job in jobs])
     how: list[str] = []
     try:
-        if job.moments is None:
-            found = project(target, job.choice.family, **options)
+        if moments is None:
+            found = project(target, first.choice.family, **options)
         else:
-            second, note = checked(job.moments, centered)
+            second, note = checked(moments, centered)
             how += note
-            damping = default_damping(job.moments) if job.damping is None else job.damping
-            mean = job.moments.mean if centered else None
-            found = project(target, job.choice.family, weight=second, mean=mean, damping=damping, **options)
+            damping = default_damping(moments) if first.damping is None else first.damping
+            mean = moments.mean if centered else None
+            found = project(target, first.choice.family, weight=second, mean=mean, damping=damping, **options)
     except (ValueError, np.linalg.LinAlgError) as error:
-        raise ValueError(f"{job.name or 'the model'}: {error}") from error
+        raise ValueError(f"{', '.join(job.name or 'the model' for job in jobs)}: {error}") from error
+    heights = [len(job.weight) for job in jobs]
+    operators = [found.operator] if len(jobs) == 1 else split(found.operator, heights)
+    layers = []
+    for job, operator in zip(jobs, operators, strict=True):
+        with_whom = [other.name.rpartition(".")[2] for other in jobs if other is not job]
+        joined = [f"jointly with {', '.join(with_whom)}"] if with_whom else []
+        layers.append(_layer(job, operator, centered, "; ".join([found.method, *how, *joined])))
+    if len(jobs) > 1:
+        tie(layers)
+    return layers
+
+
+def _layer(job: Job, operator: Any, centered: bool, method: str) -> StructuredLinear:
+    """The layer of an operator, its bias corrected, with the record of its errors as they are after rounding."""
+    weight, exact, moments = weight_of(job.module), job.weight, job.moments
     bias = None if job.module.bias is None else job.module.bias.detach().clone()
-    if centered and bias is not None and job.moments is not None:
-        before = job.moments.mean if job.input_mean is None else job.input_mean
-        shift = exact @ before - np.asarray(found.operator @ job.moments.mean)
+    if centered and bias is not None and moments is not None:
+        before = moments.mean if job.input_mean is None else job.input_mean
+        shift = exact @ before - np.asarray(operator @ moments.mean)
         bias = (bias.double() + torch.from_numpy(shift).to(bias.device)).to(bias.dtype)
-    layer = StructuredLinear.from_operator(found.operator, bias, device=weight.device, dtype=weight.dtype)
+    layer = StructuredLinear.from_operator(operator, bias, device=weight.device, dtype=weight.dtype)
     layer.requires_grad_(any(p.requires_grad for p in job.module.parameters()))
     difference = exact - layer.operator.to_dense().detach().double().cpu().numpy()  # after the cast
     record = Record(
         job.choice.label,
         _relative(difference, exact),
-        None if job.moments is None else output_error(exact, difference, job.moments, centered),
+        None if moments is None else output_error(exact, difference, moments, centered),
         None if job.held_out is None else output_error(exact, difference, job.held_out, centered),
-        "; ".join([found.method, *how]),
-        None if job.moments is None else job.moments.count,
+        method,
+        None if moments is None else moments.count,
     )
     mark(layer, "Conv1D" if is_conv1d(job.module) else "Linear", record)
     return layer.train(job.module.training)

@@ -51,6 +51,22 @@ def _attach(model: Any) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = classes["quantizer"](config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
+    _know_shared(model)
+
+
+def _know_shared(model: Any) -> None:
+    """Tell transformers which factors of structured layers are one parameter, as of now: it ties them after loading."""
+    from structmat.nn.joint import shared_factors
+
+    ties = {
+        f"{name}.factors.{slot}": f"{home}.factors.{other}"
+        for name, slots in shared_factors(model).items()
+        for slot, (home, other) in slots.items()
+    }
+    known = getattr(model, "all_tied_weights_keys", None) or {}
+    mine = getattr(model, "_structmat_ties", ())
+    model.all_tied_weights_keys = {k: v for k, v in known.items() if k not in mine} | ties
+    model._structmat_ties = tuple(ties)
 
 
 def detach(model: Any) -> None:
@@ -60,6 +76,7 @@ def detach(model: Any) -> None:
         method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "")
         if _is_pretrained(part) and method == METHOD:
             quantizer.remove_quantization_config(part)
+            _know_shared(part)
 
 
 def _is_pretrained(model: Any) -> bool:
@@ -150,10 +167,11 @@ def _quantizer_class(table: Any) -> type:
         requires_calibration = True  # a dense model is converted by structmat.nn.convert, not while it is loaded
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+            from structmat.nn.joint import tie_as
             from structmat.nn.modules import is_dense_linear, put, shape_of
-            from structmat.nn.storage import build
+            from structmat.nn.storage import build, read_shared
 
-            layers = self.quantization_config.layers
+            layers, made = self.quantization_config.layers, {}
             for stored, entry in layers.items():
                 name = _place(model, stored)
                 old = model.get_submodule(name)
@@ -161,28 +179,33 @@ def _quantizer_class(table: Any) -> type:
                 layer = build(entry, like.device, like.dtype)
                 if not is_dense_linear(old) or shape_of(old) != shape_of(layer):
                     raise ValueError(f"{name}: expected a linear layer {shape_of(layer)}, got {old}")
+                made[stored] = layer
                 put(model, name, layer.train(old.training))
+            tie_as(made, read_shared(layers, made))
+            _know_shared(model)
             ignored = {*(model._keys_to_ignore_on_load_unexpected or ()), *_guard(model, layers)}
             model._keys_to_ignore_on_load_unexpected = ignored
             return model
 
         def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-            from structmat.nn.layer import StructuredLinear
-            from structmat.nn.modules import put, to_dense
+            from structmat.nn.densify import dense_layers
+            from structmat.nn.modules import put
 
-            layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StructuredLinear)}
-            dense = {id(m): to_dense(m) for m in layers.values()}
-            for name, module in layers.items():
-                put(model, name, dense[id(module)] if dtype is None else dense[id(module)].to(dtype))
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved model's config has its name
+            for name, dense in dense_layers(model).items():
+                put(model, name, dense if dtype is None else dense.to(dtype))
+            _know_shared(model)
             return model
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
-            """All tensors, and one that stops a process without structmat.nn from loading the file."""
+            """All tensors once, and one that stops a process without structmat.nn from loading the file."""
+            from structmat.nn.joint import shared_factors
             from structmat.nn.storage import describe
 
             self.quantization_config.layers = layers = describe(model)
             model.config.quantization_config = self.quantization_config  # not that of a head around it
-            state = dict(model.state_dict())
+            again = [f"{name}.factors.{slot}" for name, slots in shared_factors(model).items() for slot in slots]
+            state = {k: x for k, x in model.state_dict().items() if k not in again}
             if layers:
                 state[_sentinel(layers)] = torch.zeros(1)
             return state, {

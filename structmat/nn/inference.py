@@ -58,7 +58,8 @@ class Inference:
         from structmat.backends.numba import NumbaBackend
 
         shapes = [(p.a, p.d, p.b, p.c) for p in self.layout.patterns]
-        blocks = [f.detach().numpy().reshape(s) for f, s in zip(factors, shapes, strict=True)]
+        # of a copy: FSDP frees a parameter's memory between calls, and cannot where NumPy has seen it
+        blocks = [f.detach().clone().numpy().reshape(s) for f, s in zip(factors, shapes, strict=True)]
         return NumbaBackend().chain(self.layout, blocks)
 
 

@@ -74,7 +74,9 @@ class StructuredLinear(nn.Module):
     Notes
     -----
     A chain of block factors is trained by a path of its own: the batch goes through the cache in chunks, nothing but the
-    input is saved, and the intermediates are computed again in the backward pass. Under ``torch.compile``, ``torch.export``,
+    input is saved, and the intermediates are computed again in the backward pass. Neighbouring factors with small blocks, such
+    as those of a butterfly, are multiplied out in every call where the batch is large enough for that to be faster; the small
+    factors stay the parameters and get their gradients. Under ``torch.compile``, ``torch.export``,
     ``torch.func``, forward-mode differentiation and dispatch modes the same product is composed of ``bmm`` and views.
     ``weight`` is no tensor (:class:`structmat.nn.StructuredWeight`); ``to_linear()`` multiplies out.
 
@@ -278,6 +280,10 @@ class StructuredLinear(nn.Module):
         try:
             arguments = (config["structure"], config["operator"], config["bias"])
             layer._set(*arguments, device, dtype, config.get("init", "spectral"))
+            if config.get("weight_norm"):
+                from structmat.nn.normalization import weight_norm
+
+                weight_norm(layer)
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"from_config: damaged or foreign configuration: {error}") from error
         if (layer.in_features, layer.out_features) != (config.get("in_features"), config.get("out_features")):
@@ -300,6 +306,10 @@ class StructuredLinear(nn.Module):
             buffer.copy_(torch.arange(size, device=buffer.device).expand(buffer.shape))
         scaling.initialize(self, self.init)
 
+    def _values(self) -> list[Tensor]:
+        """The factors as they are applied: what :func:`structmat.nn.weight_norm` changes."""
+        return list(self.factors)
+
     def _places(self) -> list[Tensor]:
         return [self.get_buffer(f"places_{i}") for i in slots_of(self.spec)[1]]
 
@@ -313,7 +323,7 @@ class StructuredLinear(nn.Module):
     @property
     def operator(self) -> Operator:
         """The operator ``A`` over the memory of the parameters: what is written to one is read from the other."""
-        return self._operator([f.detach() for f in self.factors])
+        return self._operator([f.detach() for f in self._values()])
 
     def _operator(self, values: list[Tensor]) -> Operator:
         places = self._places()
@@ -326,7 +336,7 @@ class StructuredLinear(nn.Module):
     def to_dense(self) -> Tensor:
         """The dense weight ``(out_features, in_features)``, differentiable in the factors."""
         eye = torch.eye(self.in_features, dtype=self.factors[0].dtype, device=self.factors[0].device)
-        return self._rows(eye, None, list(self.factors)).t().contiguous()
+        return self._rows(eye, None, self._values()).t().contiguous()
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
@@ -338,7 +348,7 @@ class StructuredLinear(nn.Module):
         >>> snn.StructuredLinear(6, 4, bias=False, structure="btt", blocks=2).to_linear()
         Linear(in_features=6, out_features=4, bias=False)
         """
-        values = [f.detach() for f in self.factors]
+        values = [f.detach() for f in self._values()]
         dtype, device = values[0].dtype, values[0].device
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         if device.type == "meta":
@@ -389,7 +399,7 @@ class StructuredLinear(nn.Module):
             raise ValueError(
                 f"StructuredLinear: expected an input of shape (..., {self.in_features}), got {tuple(x.shape)}"
             )
-        values, bias = list(self.factors), self.bias
+        values, bias = self._values(), self.bias
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -400,6 +410,8 @@ class StructuredLinear(nn.Module):
                 f"StructuredLinear: expected an input of the parameters' dtype {values[0].dtype}, got {x.dtype}"
             )
         y = self._rows(x.reshape(-1, self.in_features), bias, values)
+        if x.ndim == 2:  # no view, as nn.Linear's outputs are none then: FSDP hangs a hook on them
+            return y.contiguous()
         return y.reshape(*x.shape[:-1], self.out_features).contiguous()
 
     def _rows(self, x: Tensor, bias: Tensor | None, values: list[Tensor]) -> Tensor:

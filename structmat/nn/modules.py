@@ -80,7 +80,7 @@ def obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
     """Why a linear layer cannot be replaced, in words for the plan; None where it can."""
     parent = model.get_submodule(name.rpartition(".")[0]) if name else None
     if isinstance(parent, nn.MultiheadAttention):
-        return "fused attention reads the weight and never calls the layer"
+        return "fused attention reads the weight and never calls the layer; see unfuse_attention"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own"
     if parametrize.is_parametrized(module):

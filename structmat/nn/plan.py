@@ -294,9 +294,13 @@ def _notes(model: nn.Module, linears: Mapping[str, nn.Module], matched: Mapping[
     rest = [n for n, m in linears.items() if n not in matched and not isinstance(m, StructuredLinear)]
     if rest:
         notes.append(f"matched by no pattern: {_some(rest)}")
+    if any(choice is not None and choice.options.get("joint") for choice in matched.values()):
+        notes.append("joint: sizes, flops and speeds are those of layers apart; together they have as many parameters")
     fused = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     if fused:
-        notes.append(f"fused attention, not converted: {_some(fused)}")
+        notes.append(
+            f"fused attention, not converted: {_some(fused)}; structmat.nn.unfuse_attention makes layers of it"
+        )
     return tuple(notes)
 
 

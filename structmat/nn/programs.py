@@ -1,77 +1,39 @@
-"""Programs: how the rows of a batch go through an operator of every family, on tensors that live elsewhere.
+"""Programs of operators made of operators, and the program of a spec."""
 
-A program is made once from a spec and holds integers only. ``rows(x, bias, values, places)`` takes rows ``(B, n)`` and the
-values by slot, and is made of torch operations that can be compiled, exported and differentiated.
-"""
-
-# ruff: noqa: ARG002 (every program takes the same arguments)
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from structmat.backends.base import ChainLayout, cheapest_order
-from structmat.nn import functions
-from structmat.nn.inference import Inference
+from structmat.nn.chain_program import ChainProgram
+from structmat.nn.fft_programs import CirculantProgram, FourierProgram, ToeplitzProgram
+from structmat.nn.leaf_programs import (
+    BlockSparseProgram,
+    DenseProgram,
+    DiagonalProgram,
+    InterpolativeBlocksProgram,
+    InterpolativeProgram,
+    PermutationProgram,
+    ZeroProgram,
+)
+from structmat.nn.program import Factor, Program
 from structmat.nn.spec import Spec, build, family_of, slots_of
 from structmat.patterns import AxisOrder, Pattern
 from structmat.structures.block_sparse import BlockSparse
-from structmat.structures.chain import Chain, ceil_div
+from structmat.structures.chain import Chain
 from structmat.structures.dense import Dense
 from structmat.structures.diagonal import Diagonal, Identity, Zero
 from structmat.structures.interpolative import Interpolative
 from structmat.structures.interpolative_blocks import InterpolativeBlocks
 from structmat.structures.kronecker import Kronecker
 from structmat.structures.permutation import Permutation
-
-
-class Factor(NamedTuple):
-    """What the initialisation and the learning rate of one array of values follow from."""
-
-    slot: int
-    fan_in: float  # contraction size of the factor as it is applied
-    fan_out: float
-    terms: int = 1  # of the sum that it is in
-    last: bool = False  # applied last in its product: zero there makes the term zero
-
-
-class Program:
-    """One node: its flops per row, its factors, and the rows that it makes."""
-
-    shape: tuple[int, int]  # logical (m, n)
-    flops: int
-    factors: tuple[Factor, ...]
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """``x A^T + bias`` for ``x`` of shape ``(B, n)``; returns contiguous ``(B, m)``."""
-        raise NotImplementedError
-
-
-class ChainProgram(Program):
-    """A product of Kronecker-sparse factors."""
-
-    def __init__(self, slots: Sequence[int], chain: ChainLayout) -> None:
-        self.slots, self.shape = tuple(slots), (chain.rows, chain.cols)
-        self.layout = layout = functions.layout_of(chain)
-        self.blocks = tuple((p.a * p.d, p.b, p.c) for p in layout.patterns)
-        self.inference = Inference(chain)
-        self.flops = 2 * sum(p.nparams for p in layout.patterns)
-        self.factors = tuple(
-            Factor(slot, p.c, p.b, last=i == 0) for i, (slot, p) in enumerate(zip(slots, layout.patterns, strict=True))
-        )
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Through the training path where the tensors are plain, else composed."""
-        factors = [values[slot].reshape(blocks) for slot, blocks in zip(self.slots, self.blocks, strict=True)]
-        if functions.eager(x, bias, *(values[slot] for slot in self.slots)):
-            y = self.inference.rows(x, bias, factors)
-            return functions.chain(x, bias, self.layout, factors) if y is None else y
-        return functions.composed_chain(x, bias, self.layout, factors)
+from structmat.structures.toeplitz import Circulant, Toeplitz
+from structmat.structures.transforms import Fourier
 
 
 class KroneckerProgram(Program):
@@ -108,170 +70,6 @@ class KroneckerProgram(Program):
             x = x.reshape(batch * before, after, sizes[i]).transpose(1, 2)
         x = x.reshape(batch, self.shape[0])
         return x if bias is None else x + bias
-
-
-class DenseProgram(Program):
-    """A dense matrix."""
-
-    def __init__(self, slot: int, shape: tuple[int, int]) -> None:
-        self.slot, self.shape, self.flops = slot, shape, 2 * shape[0] * shape[1]
-        self.factors = (Factor(slot, shape[1], shape[0], last=True),)
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """As ``nn.Linear``."""
-        return functional.linear(x, values[self.slot], bias)
-
-
-class DiagonalProgram(Program):
-    """A diagonal matrix."""
-
-    def __init__(self, slot: int, size: int) -> None:
-        self.slot, self.shape, self.flops = slot, (size, size), size
-        self.factors = (Factor(slot, 1, 1, last=True),)
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Entry by entry."""
-        y = x * values[self.slot]
-        return y if bias is None else y + bias
-
-
-class BlockSparseProgram(Program):
-    """Dense blocks at places of a grid; one larger product per block row where every row has as many blocks."""
-
-    def __init__(
-        self, slot: int, blocks: Sequence[int], rows: list[int], cols: list[int], shape: Sequence[int]
-    ) -> None:
-        self.slot, self.shape = slot, (shape[-2], shape[-1])
-        self.count, self.p, self.q = blocks
-        self.grid = (ceil_div(self.shape[0], self.p), ceil_div(self.shape[1], self.q))
-        self.block_rows, self.block_cols = rows, cols
-        per_row = self.count // max(1, self.grid[0])
-        regular = rows == sorted(rows) and all(rows.count(i) == per_row for i in range(self.grid[0]))
-        self.per_row = per_row if regular and per_row else 0
-        self.flops = 2 * self.count * self.p * self.q
-        fan_in, fan_out = self.q * self.count / self.grid[0], self.p * self.count / self.grid[1]
-        self.factors = (Factor(slot, fan_in, fan_out, last=True),)
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Gather block columns, multiply, add up block rows; the batch is last inside."""
-        batch, (high, wide), p, q = x.shape[0], self.grid, self.p, self.q
-        if wide * q != self.shape[1]:
-            x = functional.pad(x, (0, wide * q - self.shape[1]))
-        blocks = values[self.slot].reshape(self.count, p, q)
-        cols = torch.tensor(self.block_cols, device=x.device)
-        gathered = x.reshape(batch, wide, q).permute(1, 2, 0).index_select(0, cols)  # (count, q, B)
-        if self.per_row:
-            joined = blocks.reshape(high, self.per_row, p, q).transpose(1, 2).reshape(high, p, self.per_row * q)
-            y = torch.bmm(joined, gathered.reshape(high, self.per_row * q, batch))
-        else:
-            rows = torch.tensor(self.block_rows, device=x.device)
-            product = torch.bmm(blocks, gathered)
-            y = torch.zeros(high, p, batch, dtype=product.dtype, device=x.device).index_add(0, rows, product)
-        y = y.permute(2, 0, 1).reshape(batch, high * p)
-        y = y if high * p == self.shape[0] else y[:, : self.shape[0]].contiguous()
-        return y if bias is None else y + bias
-
-
-class InterpolativeProgram(Program):
-    """Low rank in interpolative form; its place array is the gather that its side needs."""
-
-    def __init__(self, place: int, slots: tuple[int, int], shape: tuple[int, int], rank: int, side: str) -> None:
-        self.place, self.slots, self.shape, self.rank, self.side = place, slots, shape, rank, side
-        m, n = shape
-        self.flops = 2 * rank * (m + n - rank)
-        t, basis = slots
-        if side == "rows":
-            self.factors = (Factor(t, rank, m - rank, last=True), Factor(basis, n, rank, last=True))
-        else:
-            self.factors = (Factor(t, n - rank, rank), Factor(basis, rank, m, last=True))
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Two products and one gather."""
-        t, basis = (values[slot] for slot in self.slots)
-        gather, r = places[self.place], self.rank
-        if self.side == "columns":
-            x = x.index_select(1, gather)
-            return functional.linear(x[:, :r] + functional.linear(x[:, r:], t), basis, bias)
-        z = functional.linear(x, basis)
-        y = torch.cat((z, functional.linear(z, t)), 1).index_select(1, gather)
-        return y if bias is None else y + bias
-
-
-class InterpolativeBlocksProgram(Program):
-    """Monarch and Block Tensor-Train in interpolative form, columns of the blocks or rows."""
-
-    def __init__(
-        self,
-        place: int,
-        sizes: Sequence[int],  # k, l, p
-        slots: tuple[int, int],
-        rank: int,
-        s: int,
-        shape: tuple[int, int],
-        orders: tuple[AxisOrder | None, AxisOrder | None],
-        side: str,
-    ) -> None:
-        self.place, self.slots, self.rank, self.s, self.shape, self.side = place, slots, rank, s, shape, side
-        self.k, self.l, self.p = sizes
-        self.out_order, self.in_order = orders
-        self.flops = 2 * self.k * self.l * rank * (s + self.p - rank)
-        t, left = slots
-        if side == "columns":
-            self.factors = (Factor(t, self.p - rank, rank), Factor(left, self.k * rank, s, last=True))
-        else:
-            self.factors = (Factor(t, rank, self.p - rank, last=True), Factor(left, s, self.k * rank, last=True))
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Every block's stored columns, and what the others add to them."""
-        k, l, p, r, s, batch = self.k, self.l, self.p, self.rank, self.s, x.shape[0]
-        t = values[self.slots[0]].reshape(k * l, r, p - r)
-        left = values[self.slots[1]].reshape(l, s, k * r)
-        gather = places[self.place].reshape(k * l, p)
-        if self.side == "columns":
-            x = functions.padded(x, k * p)
-            x = functions.reordered(x, self.in_order)
-            start = p * torch.arange(k, device=x.device).repeat_interleave(l)
-            x = x.t().index_select(0, (gather + start[:, None]).reshape(-1)).reshape(k * l, p, batch)
-            z = x[:, :r] + torch.bmm(t, x[:, r:])
-            z = z.reshape(k, l, r, batch).transpose(0, 1).reshape(l, k * r, batch)
-            y = torch.bmm(left, z).permute(2, 1, 0).reshape(batch, s * l)  # the row class is fast
-            y = functions.reordered(y, self.out_order)
-        else:
-            x = functions.padded(x, l * s)
-            x = functions.reordered(x, self.out_order.T if self.out_order else None)
-            z = torch.bmm(left.transpose(1, 2), x.reshape(batch, s, l).permute(2, 1, 0))
-            z = z.reshape(l, k, r, batch).transpose(0, 1).reshape(k * l, r, batch)
-            z = torch.cat((z, torch.bmm(t.transpose(1, 2), z)), 1).reshape(k * l * p, batch)
-            start = p * torch.arange(k * l, device=x.device)
-            z = z.index_select(0, (gather + start[:, None]).reshape(-1))
-            y = z.reshape(k, l, p, batch).sum(1).reshape(k * p, batch).t()
-            y = functions.reordered(y, self.in_order.T if self.in_order else None)
-        y = y[:, : self.shape[0]].contiguous()
-        return y if bias is None else y + bias
-
-
-class PermutationProgram(Program):
-    """``y = x[index]``, and the identity without an index."""
-
-    def __init__(self, size: int, index: list[int] | None = None) -> None:
-        self.shape, self.flops, self.factors, self.index = (size, size), 0, (), index
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """One gather."""
-        y = x if self.index is None else x.index_select(1, torch.tensor(self.index, device=x.device))
-        return y if bias is None else y + bias
-
-
-class ZeroProgram(Program):
-    """The zero matrix."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape, self.flops, self.factors = shape, 0, ()
-
-    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
-        """Zeros, and the bias."""
-        y = x.new_zeros(x.shape[0], self.shape[0])
-        return y if bias is None else y + bias
 
 
 class SumProgram(Program):
@@ -321,8 +119,48 @@ class ScaledProgram(Program):
         return y if bias is None else y + bias
 
 
+class StackProgram(Program):
+    """Operators side by side, on top of each other, or along the diagonal."""
+
+    def __init__(self, parts: Sequence[Program], down: bool, across: bool) -> None:
+        self.parts, self.down, self.across = tuple(parts), down, across
+        heights, widths = [p.shape[0] for p in parts], [p.shape[1] for p in parts]
+        self.widths = widths
+        self.shape = (sum(heights) if down else heights[0], sum(widths) if across else widths[0])
+        self.flops = sum(p.flops for p in parts) + (0 if down else (len(parts) - 1) * heights[0])
+        terms = 1 if down else len(parts)
+        self.factors = tuple(f._replace(terms=f.terms * terms) for p in parts for f in p.factors)
+
+    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """Every operator on its part of the features, results joined or added up."""
+        inputs = x.split(self.widths, 1) if self.across else [x] * len(self.parts)
+        results = [p.rows(part.contiguous(), None, values, places) for p, part in zip(self.parts, inputs, strict=True)]
+        y = torch.cat(results, 1) if self.down else sum(results[1:], results[0])
+        return y if bias is None else y + bias
+
+
+class SliceProgram(Program):
+    """Rows and columns of an operator; a column that is taken twice adds up."""
+
+    def __init__(self, part: Program, rows: list[int], cols: list[int]) -> None:
+        self.part, self.row_places, self.col_places = part, rows, cols
+        self.shape, self.flops, self.factors = (len(rows), len(cols)), part.flops, part.factors
+
+    def rows(self, x: Tensor, bias: Tensor | None, values: Sequence[Tensor], places: Sequence[Tensor]) -> Tensor:
+        """Features to their places in the whole, the whole operator, and the rows that are asked for."""
+        full = x.new_zeros(x.shape[0], self.part.shape[1])
+        full = full.index_add(1, torch.tensor(self.col_places, device=x.device), x)
+        y = self.part.rows(full, None, values, places)
+        y = y.index_select(1, torch.tensor(self.row_places, device=x.device))
+        return y if bias is None else y + bias
+
+
 class OperatorProgram(Program):
-    """An operator of a family without a program of its own: rebuilt around the tensors and asked for its rows."""
+    """An operator of somebody else's family: rebuilt around the tensors and asked for its rows.
+
+    Raises ``TypeError`` for one that is not applied to tensors, such as an inverse without a closed form. ``torch.compile`` may
+    break its graph there, and ``torch.export`` needs ``strict=False``.
+    """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -332,6 +170,11 @@ class OperatorProgram(Program):
         operator = build(spec, self._shaped(meta, empty=True), index)
         self.shape, self.flops = (operator.shape[0], operator.shape[1]), operator.flops()
         self.factors = tuple(Factor(s, self.shape[1], self.shape[0], last=i == 0) for i, s in enumerate(self.shapes))
+        values = [torch.zeros(self.shapes.get(slot, ())) for slot in range(len(meta))]
+        try:
+            self.rows(torch.zeros(1, self.shape[1]), None, values, [torch.zeros_like(i, device="cpu") for i in index])
+        except NotImplementedError as error:
+            raise TypeError(f"{operator} is not applied to torch tensors and cannot be a layer: {error}") from error
 
     def _shaped(self, values: Sequence[Tensor], empty: bool = False) -> list[Tensor]:
         shaped = list(values)
@@ -351,17 +194,21 @@ class OperatorProgram(Program):
 def program_of(spec: Spec) -> Program:
     """The program of an operator's spec."""
     name, fields = spec["family"], spec["fields"]
-    if name in ("Sum", "Product"):
-        parts = [program_of(s) for s in fields[0]["tuple"]]
-        return SumProgram(parts) if name == "Sum" else ProductProgram(parts)
+    if name in _COMBINATIONS:
+        return _COMBINATIONS[name]([program_of(s) for s in fields[0]["tuple"]])
     if name == "Scaled":
         scalar, part = fields
         stored = isinstance(scalar, dict) and "slot" in scalar
         value = complex(*scalar["complex"]) if isinstance(scalar, dict) and "complex" in scalar else scalar
         return ScaledProgram(value, scalar["slot"] if stored else None, program_of(part))
+    if name == "Slice":
+        part, rows, cols = fields
+        return SliceProgram(program_of(part), rows["indices"], cols["indices"])
     family = family_of(name)
-    make = next((_PROGRAMS[cls] for cls in family.__mro__ if cls in _PROGRAMS), None)
-    return OperatorProgram(spec) if make is None else make(fields)
+    known = next((cls for cls in family.__mro__ if cls in _PROGRAMS), None)
+    if known is None or (family.fields, family._matmat) != (known.fields, known._matmat):  # somebody's own product
+        return OperatorProgram(spec)
+    return _PROGRAMS[known](fields)
 
 
 def _chain(fields: list[Any]) -> Program:
@@ -410,6 +257,20 @@ def _permutation(fields: list[Any]) -> Program:
     return PermutationProgram(len(index), index)
 
 
+def _toeplitz(fields: list[Any]) -> Program:
+    column, row = fields
+    return ToeplitzProgram(column["slot"], row["slot"], (column["values"][0], row["values"][0]))
+
+
+def _circulant(fields: list[Any]) -> Program:
+    return CirculantProgram(fields[0]["slot"], fields[0]["values"][0])
+
+
+def _fourier(fields: list[Any]) -> Program:
+    size, _, conjugate = fields
+    return FourierProgram(size, conjugate, Fourier(size).flops())
+
+
 def _order(field: Any) -> AxisOrder | None:
     return None if field is None else AxisOrder(tuple(field["order"][0]), tuple(field["order"][1]))
 
@@ -425,4 +286,14 @@ _PROGRAMS: dict[type, Any] = {
     Interpolative: _interpolative,
     InterpolativeBlocks: _interpolative_blocks,
     Permutation: _permutation,
+    Toeplitz: _toeplitz,
+    Circulant: _circulant,
+    Fourier: _fourier,
+}
+_COMBINATIONS: dict[str, Any] = {
+    "Sum": SumProgram,
+    "Product": ProductProgram,
+    "HorizontalStack": lambda parts: StackProgram(parts, down=False, across=True),
+    "VerticalStack": lambda parts: StackProgram(parts, down=True, across=False),
+    "DirectSum": lambda parts: StackProgram(parts, down=True, across=True),
 }

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from structmat.nn.fitting import Record
+from structmat.nn.joint import shared_factors
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.table import table
 
 
 @dataclass(frozen=True)
 class Line:
-    """One structured layer: its name, sizes, and the record of its conversion, None for one that was not converted."""
+    """One structured layer: its name, sizes, and the record of its conversion, None for one that was not converted.
+
+    ``params`` does not count a factor that a layer before it has too.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -38,7 +42,7 @@ class Report:
 
     @property
     def params(self) -> int:
-        """Stored numbers of all structured weights."""
+        """Stored numbers of all structured weights, shared ones once."""
         return sum(line.params for line in self.lines)
 
     @property
@@ -95,12 +99,13 @@ def report(model: nn.Module) -> Report:
     >>> len(lines), lines.output_error < 1e-5
     (1, True)
     """
+    shared = shared_factors(model)
     lines = tuple(
         Line(
             name,
             (module.out_features, module.in_features),
             module.structure,
-            module.nparams,
+            module.nparams - sum(module.factors[slot].numel() for slot in shared.get(name, ())),
             module.flops(),
             getattr(module, "record", None),
         )

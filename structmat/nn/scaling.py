@@ -16,17 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from structmat.nn.sharding import drawn, unwrapped_name
+
 if TYPE_CHECKING:
     from structmat.nn.layer import StructuredLinear
-    from structmat.nn.programs import Factor
+    from structmat.nn.program import Factor
 
 RULES = ("spectral", "variance", "zero")
 OPTIMIZERS = ("adam", "sgd")
-_WRAPPERS = (
-    "_orig_mod.",
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-)  # infixes that wrappers put into names
 
 
 def check_rule(rule: str) -> str:
@@ -68,12 +65,16 @@ def initialize(layer: StructuredLinear, rule: str = "spectral", generator: torch
     """
     check_rule(rule)
     for factor in layer.program.factors:
-        nn.init.normal_(layer.factors[factor.slot], 0.0, sigma(factor, rule), generator=generator)
+        deviation = sigma(factor, rule)
+        drawn(layer.factors[factor.slot], lambda x, s=deviation: nn.init.normal_(x, 0.0, s, generator=generator))
         if rule == "zero" and factor.last:
             nn.init.zeros_(layer.factors[factor.slot])
+    gains = getattr(layer, "gains", None)  # of weight_norm
+    if gains is not None:
+        nn.init.ones_(gains)
     if layer.bias is not None:
         bound = layer.in_features**-0.5
-        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        drawn(layer.bias, lambda x: nn.init.uniform_(x, -bound, bound, generator=generator))
 
 
 def sigma(factor: Factor, rule: str) -> float:
@@ -105,6 +106,13 @@ def multipliers(layer: StructuredLinear, optimizer: str = "adam") -> tuple[float
 
     Adam: ``in_features / (fan_in * factors)``: a step of one entry moves the output by the fan-in. SGD:
     ``(fan_out/fan_in) / (out_features/in_features) / factors``.
+
+    Notes
+    -----
+    That an Adam step is aligned with a factor's inputs holds less for Kronecker factors, whose gradient is averaged over all
+    places where they stand: over a 64-fold width the change of the outputs in the first steps shrinks by 0.46 (mean of 8
+    seeds; by ``64**-0.25 = 0.35`` if nothing were aligned). Multiplying by the fourth root of the width instead made it grow
+    by 1.4 and the training loss worse, so that the published rule stands.
 
     Examples
     --------
@@ -214,17 +222,12 @@ def _rates(model: nn.Module, base_width: int | None, optimizer: str) -> Iterator
             decayed = sum(f.ndim >= 2 for f in module.factors) or 1
             for i, m in enumerate(found):
                 share = 1.0 / (decayed * m) if module.factors[i].ndim >= 2 else 0.0
-                scaled[f"{start}factors.{i}"] = _Rate(width * m, share)
+                scaled[unwrapped_name(f"{start}factors.{i}")] = _Rate(width * m, share)
         elif isinstance(module, nn.Linear):
-            scaled[f"{start}weight"] = _Rate(width, 1.0)
+            scaled[unwrapped_name(f"{start}weight")] = _Rate(width, 1.0)
     for name, parameter in model.named_parameters():
-        yield _unwrapped(name), parameter, scaled.get(name, _Rate(1.0, float(parameter.ndim >= 2)))
-
-
-def _unwrapped(name: str) -> str:
-    for infix in _WRAPPERS:
-        name = name.replace(infix, "")
-    return name.removeprefix("module.")
+        known = unwrapped_name(name)  # some wrappers leave their infix out here, and not in named_modules
+        yield known, parameter, scaled.get(known, _Rate(1.0, float(parameter.ndim >= 2)))
 
 
 # ---- coordinate check -----------------------------------------------------------------------------------------------

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from structmat.nn.choice import Choice, read_choice
 
 Pattern = str | re.Pattern[str] | Callable[[nn.Module, str], bool]
+T = TypeVar("T")
 
 
 def read_selection(selection: Any, budget: float | None) -> list[tuple[Pattern, Choice | None]]:
@@ -28,10 +29,12 @@ def read_selection(selection: Any, budget: float | None) -> list[tuple[Pattern, 
     return read
 
 
-def match(linears: Mapping[str, nn.Module], patterns: list[tuple[Pattern, Choice | None]]) -> dict[str, Choice | None]:
+def match(
+    linears: Mapping[str, nn.Module], patterns: list[tuple[Pattern, T | None]], who: str = "plan"
+) -> dict[str, T | None]:
     """For every layer that a pattern names its config, by the rule of precedence; warns of patterns that name none."""
     used: set[int] = set()
-    matched: dict[str, Choice | None] = {}
+    matched: dict[str, T | None] = {}
     for name, module in linears.items():
         hits = [i for i, (pattern, _) in enumerate(patterns) if _hit(pattern, module, name)]
         used.update(hits)
@@ -41,7 +44,7 @@ def match(linears: Mapping[str, nn.Module], patterns: list[tuple[Pattern, Choice
     for i, (pattern, _) in enumerate(patterns):
         if matched and i not in used:
             shown = pattern.pattern if isinstance(pattern, re.Pattern) else getattr(pattern, "__name__", pattern)
-            warnings.warn(f"plan: no linear layer matches {shown!r}", UserWarning, stacklevel=3)
+            warnings.warn(f"{who}: no linear layer matches {shown!r}", UserWarning, stacklevel=3)
     return matched
 
 

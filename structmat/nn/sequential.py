@@ -12,10 +12,12 @@ from torch import nn
 from structmat.nn.calibration import Sums
 from structmat.nn.conversion import all_or_nothing, check_optimizer, chosen, finished, fit_all, warn_few
 from structmat.nn.fitting import Job, default_damping
+from structmat.nn.joint import grouped
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import weight_of
 from structmat.nn.plan import Entry, Plan, check
 from structmat.nn.running import Mask, arguments, evaluating, read_mask, real_rows
+from structmat.nn.sharding import check_unwrapped
 from structmat.nn.walk import Walk, units_of
 from structmat.projection.moments import Moments
 from structmat.projection.progress import Advance, bar
@@ -26,6 +28,7 @@ def convert_sequentially(
     plan: Plan,
     batches: Iterable[Any],
     *,
+    joint: bool = False,
     blend: float = 0.5,
     damping: float | None = None,
     mask: Mask = "attention_mask",
@@ -43,13 +46,13 @@ def convert_sequentially(
 
     the weight and its least-squares compensation, in the norm of ``E[y y^T]``; the bias takes up the means. The full
     compensation (``blend=1``) gains little, because what skip connections carry along is not compensated; half of it was the
-    better one by far on a trained transformer. Calibration is part of the call: the batches run through the model twice, block
-    after block where its blocks are a chain, and once more up to each group of layers with the same input. Memory: the real
-    rows of the inputs of all planned layers of one block, for all batches.
+    better one by far on a trained transformer. Calibration is part of the call: the batches run through the model as it was and
+    as it becomes, block after block where its blocks are a chain, every converted layer once. Memory: the inputs and outputs of
+    all planned layers of one block, for all batches.
 
     Parameters
     ----------
-    model, plan, optimizer, threads, progress
+    model, plan, joint, optimizer, threads, progress
         As for :func:`structmat.nn.convert`.
     batches, mask, dtype
         As for :func:`structmat.nn.calibrate`; all batches are kept.
@@ -77,6 +80,7 @@ def convert_sequentially(
     >>> [type(layer).__name__ for layer in model]
     ['StructuredLinear', 'ReLU', 'StructuredLinear']
     """
+    check_unwrapped(model, "convert_sequentially")
     check(plan, model)
     check_optimizer(model, plan, optimizer)
     if not 0.0 <= blend <= 1.0:
@@ -96,10 +100,12 @@ def convert_sequentially(
             for stage in order:
                 group = [e for e in entries if e.name in stage]
                 own, cross = _stage_moments(walk, unit, group, original[stage[0]], masks, dtype)
-                jobs = [_job(model, e, own, cross, blend, damping) for e in group]
-                for entry, layer in zip(group, fit_all(jobs, threads, _no_longer(advance)), strict=True):
-                    replaced(entry, layer)
-                    layers[entry.name], found[entry.name] = layer, own
+                together = grouped(group, [stage], model, joint)
+                jobs = [[_job(model, e, own, cross, blend, damping) for e in part] for part in together]
+                for part, made in zip(together, fit_all(jobs, threads, _no_longer(advance)), strict=True):
+                    for entry, layer in zip(part, made, strict=True):
+                        replaced(entry, layer)
+                        layers[entry.name], found[entry.name] = layer, own
                 del original[stage[0]]
             walk.leave(unit)
     for name, layer in layers.items():
