@@ -26,11 +26,9 @@ HIDDEN = {
     "kronecker": {"structure": "kronecker"},
     "low rank r=sqrt(d)": {"structure": "low_rank"},
 }
-LEAST = {
-    "btt r=1": 0.55,
-    "btt r=2": 0.55,
-    "kronecker": 0.35,
-}  # small Kronecker factors have heavy tails: they move more
+LEAST = {"btt r=1": 0.55, "btt r=2": 0.55, "kronecker": 0.35}
+# Kronecker: a factor's gradient is a mean over the sqrt(d) places where it stands. As far as these do not agree, a step moves
+# the output by sqrt(fan_in) instead of fan_in, which leaves (64/4096)**(1/4) = 0.35 at the worst; 0.46 is the mean of 8 seeds.
 
 
 class Network(nn.Module):
@@ -43,11 +41,12 @@ class Network(nn.Module):
             options["rank"] = math.isqrt(width)
         self.first = nn.Linear(64, width)
         nn.init.normal_(self.first.weight, 0.0, 1 / 8)
-        self.hidden = nn.ModuleList(snn.StructuredLinear(width, width, **options) for _ in range(3))
-        for layer in self.hidden:
-            nn.init.zeros_(layer.bias)
+        layers = [snn.StructuredLinear(width, width, **options) for _ in range(3)]
+        for layer in layers:
+            nn.init.zeros_(layer.get_parameter("bias"))
             for factor in layer.factors if torch_default else ():
                 nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+        self.hidden = nn.ModuleList(layers)
         self.head = nn.Linear(width, 10)
         for p in (self.first.bias, self.head.weight, self.head.bias):
             nn.init.zeros_(p)
@@ -89,7 +88,7 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor((images[order] / 16 - 0.3) / 0.37, dtype=torch.float32), torch.tensor(classes[order])
 
 
-def groups_of(model: Network, lr: float, aware: bool) -> list[dict[str, Any]]:
+def groups_of(model: Any, lr: float, aware: bool) -> list[dict[str, Any]]:
     """Rates of the structure, or those of the dense layer for every factor; the input layer's a third of the others'."""
     width = model.head.in_features
     overrides = {"first.*": 0.3}
@@ -107,7 +106,7 @@ def coordinates(x: Tensor, y: Tensor, widths: tuple[int, ...]) -> list[str]:
         "   ratio",
     )
     missed = []
-    for name in HIDDEN:
+    for name in HIDDEN if len(widths) == 4 else LEAST:
         for aware in (True, False):
             check = snn.coordinate_check(
                 lambda width, name=name: Network(width, name),
@@ -133,23 +132,29 @@ def transfer(
 ) -> tuple[dict[str, dict[int, dict[int, float]]], list[str]]:
     """Part B."""
     exponents = (-9, -7, -5) if quick else tuple(range(-11, -3))
-    contenders = {"btt, rates of the structure": (True, False), "btt, torch's initialisation, one rate": (False, True)}
-    print(f"\nB. Training loss after 50 Adam steps: at the rate that is best at width {BASE} / best of the sweep\n")
+    contenders = {
+        "btt, rates of the structure": ("btt r=1", False),
+        "kronecker, rates of the structure": ("kronecker", False),
+        "btt, torch's initialisation, one rate": ("btt r=1", True),
+    }
+    print(
+        f"\nB. Training loss after 50 Adam steps: at the rate that is best at width {BASE} / best of the sweep; 2 seeds\n"
+    )
     curves: dict[str, dict[int, dict[int, float]]] = {}
     missed = []
-    for name, (aware, default) in contenders.items():
+    for name, (structure, default) in contenders.items():
         curves[name] = {}
-        for width in widths if aware else widths[:1] + tuple(w for w in widths if w == 1024):
+        for width in (64, 1024) if default else widths:
             sweep = exponents[::2] if width == 4096 else exponents
             sweep = tuple(e + 3 for e in sweep) if default else sweep
-            losses = {e: train(x, y, width, 2.0**e, aware, default) for e in sweep}
+            losses = {e: train(x, y, width, structure, 2.0**e, default) for e in sweep}
             curves[name][width] = losses
             tuned = min(curves[name][BASE], key=curves[name][BASE].__getitem__)
             if tuned not in losses:
-                losses[tuned] = train(x, y, width, 2.0**tuned, aware, default)
+                losses[tuned] = train(x, y, width, structure, 2.0**tuned, default)
             best = min(losses.values())
             print(f"{name:40} width {width:5}   rate 2^{tuned}   {losses[tuned]:.4f} / {best:.4f}", end="")
-            if aware and width >= 1024:
+            if not default and width >= 1024:
                 print("   required: at most 1.5 times the best, and 0.06", end="")
                 if not losses[tuned] <= min(1.5 * best, 0.06):
                     missed.append(f"{name}, width {width}: {losses[tuned]:.4f} at the tuned rate, best {best:.4f}")
@@ -157,26 +162,29 @@ def transfer(
     return curves, missed
 
 
-def train(x: Tensor, y: Tensor, width: int, lr: float, aware: bool, default: bool) -> float:
-    """Loss on the training set after 50 steps."""
-    torch.manual_seed(0)
-    model = Network(width, "btt r=1", default)
-    if default:
-        groups: Any = [
-            {"params": [p for n, p in model.named_parameters() if n.startswith("first")], "lr": 0.3 * lr},
-            {"params": [p for n, p in model.named_parameters() if not n.startswith("first")], "lr": lr},
-        ]
-    else:
-        groups = groups_of(model, lr, aware)
-    optimizer = torch.optim.Adam(groups)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(50):
-        batch = torch.randint(len(x), (128,), generator=order)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return float(nn.functional.cross_entropy(model(x), y))
+def train(x: Tensor, y: Tensor, width: int, structure: str, lr: float, default: bool) -> float:
+    """Loss on the training set after 50 steps, mean of two seeds."""
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Network(width, structure, default)
+        if default:
+            groups: Any = [
+                {"params": [p for n, p in model.named_parameters() if n.startswith("first")], "lr": 0.3 * lr},
+                {"params": [p for n, p in model.named_parameters() if not n.startswith("first")], "lr": lr},
+            ]
+        else:
+            groups = groups_of(model, lr, True)
+        optimizer = torch.optim.Adam(groups)
+        order = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            batch = torch.randint(len(x), (128,), generator=order)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            losses.append(float(nn.functional.cross_entropy(model(x), y)))
+    return sum(losses) / len(losses)
 
 
 def draw(curves: dict[str, dict[int, dict[int, float]]], path: Path) -> None:

