@@ -1,4 +1,4 @@
-"""A trained transformer at half of the parameters of its encoder, distilled for a minute and a half.
+"""A trained transformer at half of the parameters of its encoder, distilled for two minutes.
 
 all-MiniLM-L6-v2 is converted (activation-aware) and its structured layers learn from the original: embeddings of the same
 direction, and the same hidden states after every block. ``snn.param_groups`` gives every factor its learning rate. Calibration

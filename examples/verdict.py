@@ -10,7 +10,7 @@ def verdict(bounds: list[Bound]) -> None:
     missed = []
     for what, measured, sign, required in bounds:
         good = measured >= required if sign == ">=" else measured <= required
-        print(f"{'ok    ' if good else 'MISSED'} {what}: {measured:.3g}, required {sign} {required:g}")
+        print(f"{'ok    ' if good else 'MISSED'} {what}: {measured:.4g}, required {sign} {required:g}")
         if not good:
             missed.append(what)
     if missed:
