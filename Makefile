@@ -24,8 +24,9 @@ $(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.torch
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
+# files of tests side by side, a thread each: those that wait for nothing but a core take half of the time
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import unittest
 import warnings
 from functools import cache
@@ -21,6 +22,7 @@ import structmat as sm
 from structmat.patterns import Pattern
 
 pytestmark = pytest.mark.peers
+os.environ["CUPY_PYLOPS"] = "0"  # PyLops imports CuPy where it is installed, and fails where CUDA is not
 
 
 # ---- PyLops: the adjoint identity on random complex vectors ----------------------------------------------------------
