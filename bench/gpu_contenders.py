@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import structmat as sm
+from structmat.backends.torch.fused import CurrentStream
 
 Call = Callable[[], Any]
 FAILURES = (
@@ -163,7 +164,7 @@ def cupy_call(
     except FAILURES as error:
         notes["cupy"] = str(error).split("\n")[0]
         return
-    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream())
+    stream = cupy.cuda.Stream.from_external(CurrentStream())
 
     def call() -> Any:
         with stream:

@@ -102,7 +102,6 @@ def main() -> None:
     texts = minilm.calibration_texts()
     test = minilm.test_pairs(100 if options.quick else 250)
     original = minilm.embed(model, tokenizer, test)
-    torch.set_num_threads(1)
     with threadpool_limits(1, user_api="blas"):
         seen = minilm.batches(tokenizer, texts[: 256 if options.quick else 768])
         fewer = minilm.batches(tokenizer, texts[:512])  # for the sequential conversion, which runs them several times
@@ -182,7 +181,8 @@ def speed(case: Case, dense: Any, structured: Any, tokenizer: Any, texts: int) -
         if entry.name not in kept:
             best.set_submodule(entry.name, dense.get_submodule(entry.name))
     batch = tokenizer(["word " * (LENGTH - 2)] * texts, return_tensors="pt")
-    ratios = []
+    ratios, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         for _ in range(TURNS + 1):
             times = []
@@ -191,6 +191,7 @@ def speed(case: Case, dense: Any, structured: Any, tokenizer: Any, texts: int) -
                 model(**batch)
                 times.append(time.process_time() - started)
             ratios.append(times[0] / times[1])
+    torch.set_num_threads(threads)
     return Speed(texts, len(kept), statistics.median(ratios[1:]))
 
 

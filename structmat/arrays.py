@@ -202,7 +202,7 @@ def convert(x: Array, target: str, target_device: Any = None) -> Array:
         if k == "torch":
             if x.dtype == sys.modules["torch"].bfloat16:
                 raise TypeError("to: NumPy has no bfloat16; use A.astype(torch.float32) first")
-            return x.detach().cpu().resolve_conj().numpy()
+            return x.detach().cpu().resolve_conj().resolve_neg().numpy()
         if k == "cupy" and x.dtype.name == "bfloat16":
             raise TypeError("to: NumPy has no bfloat16; use A.astype(numpy.float32) first")
         return x.get() if k == "cupy" else x
@@ -216,9 +216,9 @@ def convert(x: Array, target: str, target_device: Any = None) -> Array:
     if target == "cupy":
         cupy = cupy_with_device("to")
         if k == "torch" and x.device.type == "cuda":
-            return cupy.from_dlpack(x.detach().resolve_conj())
+            return cupy.from_dlpack(x.detach().resolve_conj().resolve_neg())
         if k == "torch" and x.dtype == sys.modules["torch"].bfloat16:
-            bits = x.detach().cpu().view(sys.modules["torch"].int16).numpy()
+            bits = x.detach().cpu().resolve_neg().view(sys.modules["torch"].int16).numpy()
             return _moved(cupy, bits).view(_optional("ml_dtypes").bfloat16)
         return _moved(cupy, convert(x, "numpy") if k == "torch" else x)
     raise ValueError(f"to: expected 'numpy', 'torch', 'cupy' or a torch device, got {target!r}")

@@ -69,7 +69,7 @@ def _fake_backward(
 
 
 def _checked(x: Tensor, bias: Tensor | None, factors: list[Tensor], code: Sequence[int], columns: bool) -> Layout:
-    """The layout; ``ValueError`` where operand, bias or factors do not fit it, ``TypeError`` for mixed dtypes."""
+    """The layout; ``ValueError`` where operand, bias or factors do not fit it, ``TypeError`` for mixed dtypes or devices."""
     layout = _layout(factors, code)
     if x.ndim != 2 or x.shape[0 if columns else 1] != layout.cols:
         expected = f"({layout.cols}, B)" if columns else f"(B, {layout.cols})"
@@ -79,6 +79,9 @@ def _checked(x: Tensor, bias: Tensor | None, factors: list[Tensor], code: Sequen
     dtypes = {t.dtype for t in (x, bias, *factors) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"chain: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    devices = {t.device for t in (x, bias, *factors) if t is not None}
+    if len(devices) > 1:
+        raise TypeError(f"chain: expected one device, got {', '.join(sorted(map(str, devices)))}")
     return layout
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from structmat.backends.cuda import roofline, sources
 from structmat.backends.cuda.roofline import Rates, Work
+from structmat.backends.cupy.fused import CAPABILITY
 from structmat.backends.torch import kron as kron_products
 from structmat.backends.torch.layout import End, Layout
 
@@ -77,7 +78,7 @@ def chain_kernel(
     With ``contiguous`` results those take a copy more where the order of the outputs is the paper's.
     """
     sizes = monarch_sizes(layout)
-    if sizes is None:
+    if sizes is None or device.value.capability < CAPABILITY:
         return None
     (k, p, q, s, r), lanes = sizes
     rows = None if batch >= MANY else batch
@@ -97,6 +98,8 @@ def kron_kernel(
     shapes: tuple[tuple[int, int], tuple[int, int]], dtype: str, batch: int, device: HashableRates
 ) -> sources.Kernel | None:
     """The same for two Kronecker factors."""
+    if device.value.capability < CAPABILITY:
+        return None
     (r, p), (s, q) = shapes
     kernel = sources.kron_kernel(dtype, r, p, s, q, shared=device.value.shared_bytes)
     if kernel is None:
@@ -132,16 +135,23 @@ def _faster(kernel: sources.Kernel, work: Work, products: Work, dtype: str, devi
 
 
 def usable(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether kernels can read these tensors: on a CUDA device with CuPy, of 16 bits, aligned, with unit strides."""
+    """Whether kernels can read these tensors: on one CUDA device with CuPy, of 16 bits, aligned, with unit strides."""
     if not suits(x) or not _readable(x):
         return False
-    return all(t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0) for t in others)
+    return all(t is None or _weights(t, x.device) for t in others)
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether there are rows, of unit stride, and 16 bytes can be read at a time."""
+    """Whether there are rows as they are in memory, of unit stride, and 16 bytes can be read at a time."""
     rows = x.shape[0]
-    return 0 < rows < 1 << 31 and x.stride(1) == 1 and sources.aligned(x.data_ptr(), _stride(x), _name(x.dtype), rows)
+    if not 0 < rows < 1 << 31 or x.stride(1) != 1 or x.is_neg():  # a negation that is still to be done
+        return False
+    return sources.aligned(x.data_ptr(), _stride(x), _name(x.dtype), rows)
+
+
+def _weights(t: Tensor, device: torch.device) -> bool:
+    """Whether factors or a bias are on the operand's device, as they are in memory, contiguous and aligned."""
+    return t.device == device and t.is_contiguous() and not t.is_neg() and t.data_ptr() % 16 == 0
 
 
 def suits(x: Tensor) -> bool:
@@ -192,13 +202,30 @@ def rates(device: torch.device) -> HashableRates:
     return HashableRates(measured(device.index or 0))
 
 
+class CurrentStream:
+    """Torch's current stream of a device as others take it; torch's own streams have this method from 2.10 on.
+
+    Parameters
+    ----------
+    device
+        A CUDA device; ``None`` for the current one.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.stream = torch.cuda.current_stream(device)
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Version of the protocol, and the address of the stream."""
+        return 0, self.stream.cuda_stream
+
+
 def launch(call: sources.Launch, device: torch.device) -> None:
     """Launch on torch's current stream, with torch's own memory; it can be captured into a CUDA graph once compiled."""
     import cupy
 
     from structmat.backends.cupy.launch import launch as launched
 
-    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
+    with cupy.cuda.Device(device.index), cupy.cuda.Stream.from_external(CurrentStream(device)):
         launched(call)
 
 

@@ -43,16 +43,17 @@ def scale_of(factors: Sequence[Tensor]) -> float | None:
 
 def _composed(x: Tensor, scale: float, columns: bool = False) -> Tensor:
     n = _size(x, columns)
+    if x.dtype in (torch.float16, torch.bfloat16):  # sums without the scale may be too large for 16 bits
+        return _composed(x.float(), scale, columns).to(x.dtype)
     low = 1 << ((n.bit_length() - 1) // 2)
     factors = [_sylvester(n // low, x) * scale, _sylvester(low, x)]
     return kron.run(x, None, factors, columns)
 
 
 def _sylvester(n: int, like: Tensor) -> Tensor:
-    pair = torch.tensor([[1, 1], [1, -1]], dtype=like.dtype, device=like.device)
-    matrix = pair.new_ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=like.dtype, device=like.device)  # nothing comes from the host: graphs capture it
     while matrix.shape[0] < n:
-        matrix = torch.kron(pair, matrix)
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix
 
 

@@ -64,7 +64,7 @@ def _fake_backward(dy: Tensor, x: Tensor, factors: list[Tensor], columns: bool, 
 
 
 def _check(x: Tensor, bias: Tensor | None, factors: list[Tensor], columns: bool) -> None:
-    """``ValueError`` where operand, bias or factors do not fit, ``TypeError`` for mixed dtypes."""
+    """``ValueError`` where operand, bias or factors do not fit, ``TypeError`` for mixed dtypes or devices."""
     if not factors or any(f.ndim != 2 for f in factors):
         raise ValueError(f"kron: expected factors (m, n), got shapes {[tuple(f.shape) for f in factors]}")
     m, n = (math.prod(int(f.shape[i]) for f in factors) for i in range(2))
@@ -76,6 +76,9 @@ def _check(x: Tensor, bias: Tensor | None, factors: list[Tensor], columns: bool)
     dtypes = {t.dtype for t in (x, bias, *factors) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"kron: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}")
+    devices = {t.device for t in (x, bias, *factors) if t is not None}
+    if len(devices) > 1:
+        raise TypeError(f"kron: expected one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 # ---- differentiation ----------------------------------------------------------------------------------------------------
