@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,32 +162,167 @@ def test_the_cost_model_decides_and_the_plan_says_it(launches):
     assert A.plan(batch=64).kernel == "library"
 
 
-def test_launches_go_to_the_current_stream_of_the_tensors_device(monkeypatch):
-    entered = []
+def test_devices_without_the_instructions_of_the_kernels_take_products(launches, monkeypatch):
+    with sm.use_backend("torch-op"):
+        A = sm.BlockTensorTrain.random((1024, 1024), dtype=torch.bfloat16, rng=0)
+        K = sm.Kronecker.random((4096, 4096), dtype=torch.bfloat16, rng=0)
+        for capability, kernel in (((8, 0), "fused"), ((7, 5), "2 products")):
+            rates = fused.HashableRates(H200._replace(capability=capability))
+            monkeypatch.setattr(fused, "rates", lambda device, rates=rates: rates)
+            assert A.plan(batch=64, rows=True).kernel == kernel
+            assert K.plan(batch=4096, rows=True).kernel == kernel
+        torch.randn(64, 1024).bfloat16() @ A.T
+        torch.randn(64, 4096).bfloat16() @ K.T
+    assert not launches
 
-    class Context:
-        def __init__(self, *what):
-            self.what = what
 
-        def __enter__(self):
-            entered.append(self.what)
+def test_pointers_are_those_of_one_device(launches):
+    x, weights = torch.randn(5, 256).bfloat16(), torch.randn(256).bfloat16()
+    assert fused.usable(x, None, weights, weights)
+    assert not fused.usable(x, weights.to("meta"), weights)
+    assert not fused.usable(x, None, weights, weights.to("meta"))
 
-        def __exit__(self, *failure):
-            entered.append("left")
 
-    class Stream:
-        from_external = staticmethod(lambda stream: Context("stream", stream))
+def test_a_lazy_negation_is_not_lost_below_a_pointer(launches):
+    operator = sm.BlockTensorTrain.random((256, 256), blocks=16, dtype="float32", rng=0)
+    walk, factors = on_torch(operator, torch.bfloat16)
+    small = [torch.randn(s).bfloat16() / 8 for s in ((32, 16), (16, 32))]
+    torch.manual_seed(0)
+    x, bias, wide = (torch.randn(s).bfloat16() for s in ((37, 256), (256,), (37, 512)))
+    neg, W, K = torch._neg_view, dense(operator), torch.kron(*(f.float() for f in small))
+    chain, kron = torch.ops.structmat.chain, torch.ops.structmat.kron
+    for y, expected in (
+        (chain(neg(x), None, factors, list(walk.code)), -x.float() @ W.T),
+        (chain(x, neg(bias), factors, list(walk.code)), x.float() @ W.T - bias.float()),
+        (chain(x, None, [neg(factors[0]), factors[1]], list(walk.code)), -x.float() @ W.T),
+        (kron(neg(wide), None, small), -wide.float() @ K.T),
+        (kron(wide, None, [small[0], neg(small[1])]), -wide.float() @ K.T),
+    ):
+        assert distance(y, expected) < 1e-2
+    assert fused.hadamard(neg(x), 256, 1.0) is None
+    assert not launches
 
-    class Cupy:
-        class cuda:
-            Device = staticmethod(lambda index: Context("device", index))
 
-    Cupy.cuda.Stream = Stream
-    monkeypatch.setitem(sys.modules, "cupy", Cupy)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    monkeypatch.setattr("structmat.backends.cupy.launch.launch", entered.append)
+# ---- streams --------------------------------------------------------------------------------------------------------------
+
+
+class OldStream:
+    """A stream of torch before 2.10: an address, and no method that others could ask."""
+
+    def __init__(self, device=None):
+        self.cuda_stream = 1000 + (0 if device is None else device.index or 0)
+
+
+class StrictCupy:
+    """Streams and devices as a stack of contexts; streams of others come by CUDA's stream protocol alone."""
+
+    def __init__(self, convert=None):
+        self.devices, self.streams = [7], [0]
+        self.cuda = self.Cuda(self, convert)
+
+    class Cuda:
+        def __init__(self, outer, convert):
+            self.Stream = type("Stream", (), {"from_external": staticmethod(self.from_external)})
+            self.runtime = type("runtime", (), {"getDevice": staticmethod(lambda: outer.devices[-1])})
+            self.outer, self.convert = outer, convert or self.checked
+
+        def Device(self, index):
+            return self.outer.entered(self.outer.devices, index)
+
+        def from_external(self, stream):
+            return self.outer.entered(self.outer.streams, self.convert(stream))
+
+        @staticmethod
+        def checked(stream):
+            version, address = type(stream).__cuda_stream__(stream)
+            assert (version, type(address)) == (0, int)
+            return address
+
+    @contextlib.contextmanager
+    def entered(self, stack, what):
+        stack.append(stack[-1] if what is None else what)
+        yield
+        stack.pop()
+
+
+@pytest.fixture
+def old_streams(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", OldStream)
+
+
+def test_launches_go_to_the_current_stream_of_the_tensors_device(monkeypatch, old_streams):
+    cupy, seen = StrictCupy(), []
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(
+        "structmat.backends.cupy.launch.launch", lambda call: seen.append((call, cupy.devices[-1], cupy.streams[-1]))
+    )
     fused.launch("call", torch.device("cuda", 3))
-    assert entered == [("device", 3), ("stream", "stream of cuda:3"), "call", "left", "left"]
+    assert seen == [("call", 3, 1003)]
+    assert (cupy.devices, cupy.streams) == ([7], [0])
+
+
+def test_cupy_itself_takes_the_stream_that_it_is_given(monkeypatch, old_streams):
+    real = pytest.importorskip("cupy").cuda.Stream.from_external  # needs no device
+    cupy, seen = StrictCupy(lambda stream: real(stream).ptr), []
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr("structmat.backends.cupy.launch.launch", lambda call: seen.append(cupy.streams[-1]))
+    fused.launch("call", torch.device("cuda", 3))
+    assert seen == [1003]
+
+
+def test_the_benchmark_shares_the_stream_in_the_same_way(monkeypatch, old_streams):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "bench"))
+    import gpu_contenders
+
+    cupy = StrictCupy()
+    cupy.from_dlpack = lambda x: x
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+
+    class Operator:
+        def to(self, library):
+            return self
+
+        def plan(self, batch, rows):
+            return SimpleNamespace(kernel=f"{batch} rows on stream {cupy.streams[-1]}")
+
+    try:
+        plans, notes = {}, {}
+        gpu_contenders.cupy_call(Operator(), torch.ones(3, 4), {}, plans, notes)
+    finally:
+        for name in ("gpu_contenders", "gpu_timing"):
+            sys.modules.pop(name, None)
+    assert (plans, notes) == ({"cupy": "3 rows on stream 1000"}, {})
+
+
+@needs_compiler
+def test_the_whole_way_to_a_launch_on_torchs_stream(monkeypatch, old_streams):
+    """Everything from the operator down to the call of the compiled function; only the device is the shim."""
+    cupy, seen, rates = StrictCupy(), [], fused.HashableRates(H200)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(fused, "here", lambda device: True)
+    monkeypatch.setattr(fused, "rates", lambda device: rates)
+
+    def function(device, kernel):
+        def call(grid, block, arguments, shared_mem):
+            seen.append((device, cupy.streams[-1], block, shared_mem))
+            assert (block, shared_mem) == ((kernel.threads, 1, 1), kernel.shared)
+            shim.build(kernel, seed=1)(grid, arguments)
+
+        return call
+
+    monkeypatch.setattr("structmat.backends.cupy.launch._function", function)
+    torch.manual_seed(0)
+    operator = sm.BlockTensorTrain.random((256, 256), blocks=16, dtype="float32", rng=0)
+    walk, factors = on_torch(operator, torch.bfloat16)
+    x, wide = torch.randn(37, 256).bfloat16(), torch.randn(21, 512).bfloat16()
+    small = [torch.randn(s).bfloat16() / 8 for s in ((32, 16), (16, 32))]
+    y = torch.ops.structmat.chain(x, None, factors, list(walk.code))
+    z = torch.ops.structmat.kron(wide, None, small)
+    h = torch.ops.structmat.hadamard(x, 0.25)
+    assert [launched[:2] for launched in seen] == [(7, 1000)] * 3
+    assert distance(y, x.float() @ dense(operator).T) < 1e-2
+    assert distance(z, wide.float() @ torch.kron(*(f.float() for f in small)).T) < 1e-2
+    assert distance(h, 0.25 * x.float() @ torch.from_numpy(np.asarray(sm.hadamard(256))).float()) < 1e-2
 
 
 # ---- merged factors -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +242,40 @@ def test_the_hadamard_operator(columns):
         OPS.hadamard(torch.ones(3, 31, dtype=torch.float64), 1.0)
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_hadamard_product_of_16_bits_overflows_only_where_its_result_does(columns, dtype):
+    n, count, value = 4096, 64, 1200.0  # sums of 64 entries without the scale are beyond float16
+    x = torch.zeros(1, n, dtype=dtype)
+    x[0, :count] = value
+    y = OPS.hadamard(x.t().contiguous() if columns else x, n**-0.5, columns).flatten()
+    found, expected = y[::count], torch.full((n // count,), count * value * n**-0.5, dtype=dtype)
+    assert torch.equal(found, expected)  # exact: powers of two times 1200
+    assert int(y.count_nonzero()) == n // count
+
+
+@BOTH
+def test_hadamard_factors_are_made_on_the_device(columns):
+    """A copy from the host is not permitted while a CUDA graph is captured."""
+    with torch._subclasses.FakeTensorMode(), Everything() as mode:
+        y = hadamard_op._composed(torch.empty(16, 16, device="cuda:0"), 0.5, columns)
+    assert y.device == torch.device("cuda:0")
+    assert "bmm" in mode.names
+    assert not {"lift", "lift_fresh", "_to_copy", "copy_"} & mode.names
+
+
+class Everything(TorchDispatchMode):
+    """Names of all operations, views and allocations too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
 def test_only_hadamard_matrices_without_gradients_are_taken_for_one():
     A = sm.hadamard(8).to("torch")
     pairs = [f.array for f in A.factors]
@@ -380,6 +415,9 @@ def test_errors_name_what_is_given_and_expected():
         ((x, bias, factors, code[:-1], columns), ValueError, "integers of a chain"),
         ((x, bias, factors, [*code, 1], columns), ValueError, "integers of a chain"),
         ((x.float(), bias, factors, code, columns), TypeError, r"torch.float32, torch.float64"),
+        ((x.to("meta"), bias, factors, code, columns), TypeError, "one device, got cpu, meta"),
+        ((x, bias.to("meta"), factors, code, columns), TypeError, "one device, got cpu, meta"),
+        ((x, None, [factors[0], factors[1].to("meta")], code, columns), TypeError, "one device, got cpu, meta"),
     ):
         with pytest.raises(kind, match=match):
             op(*bad)
@@ -389,6 +427,9 @@ def test_errors_name_what_is_given_and_expected():
         ((x, bias[:3], factors, columns), ValueError, r"\(16,\), got \(3,\)"),
         ((x, bias, [], columns), ValueError, "factors"),
         ((x.float(), bias, factors, columns), TypeError, r"torch.float32, torch.float64"),
+        ((x.to("meta"), bias, factors, columns), TypeError, "one device, got cpu, meta"),
+        ((x, bias.to("meta"), factors, columns), TypeError, "one device, got cpu, meta"),
+        ((x, None, [*factors[:2], factors[2].to("meta")], columns), TypeError, "one device, got cpu, meta"),
     ):
         with pytest.raises(kind, match=match):
             op(*bad)
@@ -553,3 +594,52 @@ def test_layers_where_the_operator_is_the_way(structure, monkeypatch):
     v = torch.randn_like(x)
     tangent = torch.func.jvp(layer, (x.detach(),), (v,))[1]
     torch.testing.assert_close(tangent, v @ layer.to_dense().T)
+
+
+# ---- to other libraries ---------------------------------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """A CPU tensor that says it is on a CUDA device."""
+
+    device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cupy_of_the_host(monkeypatch):
+    """As much of CuPy as conversions ask for, on host memory; DLPack, as there, knows no lazy negation."""
+
+    class Cupy:
+        class cuda:
+            is_available = staticmethod(lambda: True)
+
+        asarray = staticmethod(np.asarray)
+
+        @staticmethod
+        def from_dlpack(x):
+            assert not x.is_neg()
+            assert not x.is_conj()
+            return x.as_subclass(torch.Tensor).numpy()
+
+    monkeypatch.setitem(sys.modules, "cupy", Cupy)
+
+
+def test_a_lazy_negation_is_done_before_values_leave_torch(cupy_of_the_host):
+    torch.manual_seed(0)
+    z = torch.randn(4, 4, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    expected = -z.imag.numpy()
+    for found in (
+        sm.Dense(x).to("numpy").to_dense(),
+        arrays.convert(x, "cupy"),
+        arrays.convert(x.as_subclass(OnDevice), "cupy"),
+    ):
+        assert np.array_equal(found, expected)
+    both = torch._neg_view(z.conj())
+    for found in (arrays.convert(both, "numpy"), arrays.convert(both.as_subclass(OnDevice), "cupy")):
+        assert np.array_equal(found, -z.conj().resolve_conj().numpy())
+    short = z.real.bfloat16()
+    found = arrays.convert(torch._neg_view(short), "cupy")
+    assert found.dtype.name == "bfloat16"
+    assert np.array_equal(found.astype(np.float32), -short.float().numpy())
