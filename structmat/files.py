@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
+import stat
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,18 +28,26 @@ def write(
     """Write tensors, all contiguous on the host and of one library, and what is to be known about them.
 
     The JSON text also holds the version, the kind, the library and a checksum. The file is written beside its place and moved
-    there, so that a failed call leaves an older file as it was. Raises ``ImportError`` if safetensors is missing.
+    there, so that a failed call leaves an older file as it was; it gets the mode of that file, or the usual one. A symbolic
+    link stays one: the file that it leads to is written. Raises ``ImportError`` if safetensors is missing,
+    ``FileNotFoundError`` if the folder is and ``IsADirectoryError`` if the path is one.
     """
     save_file = _safetensors(library).save_file
     text = {"version": VERSION, "kind": kind, "library": library, "checksum": checksum(tensors), **about}
-    target = Path(path)
-    handle, part = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(handle)
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"save: expected the path of a file, got the folder {path}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"save: no folder {target.parent}")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    part.touch(exist_ok=False)
+    mode = stat.S_IMODE((target if target.exists() else part).stat().st_mode)
     try:
         save_file(dict(tensors), part, metadata={"format": _SHORT[library], KEY: json.dumps(text, sort_keys=True)})
+        part.chmod(mode)  # safetensors leaves one that only its owner can read
         os.replace(part, target)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Array], dict[str, Any]]:

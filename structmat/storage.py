@@ -18,8 +18,9 @@ def save(path: str | os.PathLike[str], A: Operator) -> None:
     """Write an operator to a safetensors file: its arrays as tensors, its structure as JSON in the metadata, no pickle.
 
     Every structure, sums, products, multiples, block operators, inverses and stacks of them included, bit by bit: values,
-    dtypes, complex numbers (as pairs of real ones) and the library, NumPy or torch. Arrays on a device are copied to the host.
-    An array that occurs several times is stored once. A failed call leaves an older file as it was.
+    dtypes, complex numbers (as pairs of real ones) and the library, NumPy or torch. Arrays on a device are copied to the host,
+    those of the other byte order come back in the native one. An array that occurs several times is stored once. A failed call
+    leaves an older file as it was.
 
     Parameters
     ----------
@@ -32,6 +33,10 @@ def save(path: str | os.PathLike[str], A: Operator) -> None:
     ------
     TypeError
         If ``A`` is no operator, or holds something other than arrays, numbers and dtypes (a SciPy LinearOperator).
+    FileNotFoundError
+        If the folder of ``path`` is missing.
+    IsADirectoryError
+        If ``path`` is a folder.
     ImportError
         If safetensors is missing.
 
@@ -54,7 +59,7 @@ def save(path: str | os.PathLike[str], A: Operator) -> None:
         if slot == len(kept):
             kept.append(array)
         library = "torch" if arrays.kind(array) == "torch" else "numpy"
-        dtype = str(array.dtype).removeprefix("torch.")
+        dtype = str(array.dtype).removeprefix("torch.") if library == "torch" else array.dtype.name
         return {"array": slot, "library": library, "type": dtype, "shape": list(array.shape)}
 
     def foreign(value: Any, _: Any) -> dict[str, Any] | None:
@@ -125,19 +130,25 @@ def load(path: str | os.PathLike[str]) -> Operator:
 
 
 def _stored(x: Array, library: str) -> Array:
-    """An array as the file holds it: on the host, contiguous, complex numbers as pairs."""
+    """An array as the file holds it: on the host, contiguous, of native byte order, complex numbers as pairs."""
     if library == "torch":
         import torch
 
-        x = x if arrays.kind(x) == "torch" else torch.from_numpy(arrays.convert(x, "numpy").copy())
+        x = x if arrays.kind(x) == "torch" else torch.from_numpy(_on_host(x).copy())
         x = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
         return x.cpu().clone(memory_format=torch.contiguous_format)
-    x = arrays.convert(x, "numpy")
+    x = _on_host(x)
     if x.dtype.kind == "c":
         x = np.ascontiguousarray(x).reshape(*x.shape, 1).view(x.real.dtype)
     if x.dtype.kind not in "fiub" or x.dtype.itemsize > 8:
         raise TypeError(f"save: safetensors has no dtype {x.dtype}")
     return np.array(x, order="C")
+
+
+def _on_host(x: Array) -> Array:
+    """A NumPy array of native byte order: torch has no other, and a checksum is of the bytes that are read back."""
+    x = arrays.convert(x, "numpy")
+    return x.astype(x.dtype.newbyteorder("="), copy=False)
 
 
 def _restored(x: Array, dtype: str, library: str) -> Array:

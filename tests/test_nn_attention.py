@@ -237,3 +237,56 @@ def test_a_module_in_two_places_stays_one_and_bad_masks_are_refused():
     with torch.device("meta"):
         empty = snn.unfuse_attention(nn.TransformerEncoderLayer(12, 2, 24))
     assert empty.self_attn.query.weight.is_meta
+
+
+@pytest.mark.parametrize("options", [{}, {"average_attn_weights": False}, {"need_weights": False}])
+def test_attention_weights_are_dropped_in_training_alone(options):
+    fused = attention(batch_first=True, dropout=0.5)
+    unfused = snn.unfuse_attention(copy.deepcopy(fused))
+    x = torch.randn(2, 6, 12)
+    kept = unfused(x, x, x, **options)[0]
+    torch.testing.assert_close(kept, fused(x, x, x, **options)[0], rtol=1e-5, atol=1e-6)
+    torch.manual_seed(3)
+    expected, weights = fused.train()(x, x, x, **options)
+    torch.manual_seed(3)
+    y, found = unfused.train()(x, x, x, **options)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(y, kept, atol=1e-3)
+    if weights is not None:
+        torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-6)
+    if options == {"average_attn_weights": False}:
+        assert 0.2 < (found == 0).float().mean() < 0.8
+
+
+def test_inputs_that_do_not_belong_together_are_refused():
+    unfused = snn.unfuse_attention(attention(batch_first=True))
+    x = torch.randn(3, 5, 12)
+    for q, k, v in ((x, x[:1], x[:1]), (x, x, x[:2]), (x, x, x[:, :4])):
+        for need in (True, False):
+            with pytest.raises(ValueError, match="attention: expected one batch size, and key and value of one length"):
+                unfused(q, k, v, need_weights=need)
+    assert unfused(x, x[:, :4], x[:, :4])[0].shape == x.shape
+
+
+def test_a_packed_parameter_that_another_module_holds_is_not_replaced():
+    for kind in ("weight", "bias"):
+        model = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 4), "linear": nn.Linear(12, 36)})
+        setattr(model["linear"], kind, getattr(model["attention"], f"in_proj_{kind}"))
+        with pytest.raises(ValueError, match=rf"linear\.{kind} is the same parameter as attention\.in_proj_{kind}"):
+            snn.unfuse_attention(model)
+        assert isinstance(model["attention"], nn.MultiheadAttention)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(12, 4, kdim=8, vdim=20), "linear": nn.Linear(12, 12)})
+    model["linear"].weight = model["attention"].q_proj_weight
+    snn.unfuse_attention(model)
+    assert model["attention"].query.weight is model["linear"].weight, "what is kept stays tied"
+
+
+def test_assigned_projections_have_memory_of_their_own():
+    unfused = snn.unfuse_attention(attention())
+    state = attention().state_dict()
+    unfused.load_state_dict(state, assign=True)
+    for name in ("query", "key", "value"):
+        weight = getattr(unfused, name).weight
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+    assert torch.equal(unfused.key.weight, state["in_proj_weight"][12:24])
+    assert unfused.out_proj.weight.data_ptr() == state["out_proj.weight"].data_ptr(), "assigned, not copied"

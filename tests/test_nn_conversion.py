@@ -17,6 +17,7 @@ from torch import nn  # noqa: E402
 
 import structmat.nn as snn  # noqa: E402
 from structmat.nn import conversion, fitting  # noqa: E402
+from structmat.nn.joint import grouped  # noqa: E402
 
 LOW = {"structure": "low_rank"}
 FREE = pytest.mark.filterwarnings("ignore:convert. .* without calibration data")
@@ -828,6 +829,121 @@ def test_joint_needs_to_know_the_inputs():
     assert unchanged(a, before, types)
 
 
+class Projections(nn.Module):
+    """Query, key and value of given heights on one input."""
+
+    def __init__(self, *heights, n=64):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(n, m) for m in heights)
+
+    def forward(self, x):
+        return torch.cat((self.query(x), self.key(x), self.value(x)), -1)
+
+
+def projected(heights, config, sequential=False, frozen=()):
+    torch.manual_seed(0)
+    a, x = Projections(*heights), torch.randn(700, 64) @ torch.randn(64, 64)
+    for name in frozen:
+        a.get_submodule(name).weight.requires_grad_(False)
+    plan = snn.plan(a, {"structure": "low_rank", "joint": True} | config, min_speedup=0)
+    if sequential:
+        return snn.convert_sequentially(a, plan, [x])
+    return snn.convert(a, plan, snn.calibrate(a, [x], plan))
+
+
+def together(a):
+    """Names of the layers that share a factor with another one."""
+    holders = {}
+    for name, layer in a.named_children():
+        for factor in layer.factors:
+            holders.setdefault(id(factor), []).append(name)
+    return {name for names in holders.values() if len(names) > 1 for name in names}
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    ("heights", "config", "expected"),
+    [
+        ((64, 64, 64), {"budget": 0.5}, {"query", "key", "value"}),  # 24 of the 32 that dense flops allow
+        ((64, 8, 8), {"budget": 0.5}, set()),  # rank 17 for all; 7 is what a key can bear
+        ((64, 48, 8), {"budget": 0.5}, {"query", "key"}),  # the value leaves, the two others stay
+        ((64, 64, 64), {"budget": 0.7}, set()),  # rank 33 of 32
+        ((64, 64, 64), {"budget": 0.7, "interpolative": True}, {"query", "key", "value"}),
+        ((64, 8, 8), {"budget": 0.5, "interpolative": True}, set()),
+        ((64, 8, 8), {"tol": 0.3}, set()),  # known from the projection alone
+        ((64, 8, 8), {"rank": 8}, {"query", "key", "value"}),  # would cost as much apart
+    ],
+)
+def test_no_layer_is_made_dearer_than_dense_by_a_joint_rank(heights, config, expected, sequential):
+    a = projected(heights, config, sequential)
+    assert together(a) == expected
+    lines = list(snn.report(a))
+    assert [line.name for line in lines] == ["query", "key", "value"]
+    if "rank" not in config:
+        alone = {n for n, _ in a.named_children()} - expected
+        assert all(x.flops <= 2 * x.shape[0] * x.shape[1] for x in lines if x.name in expected or "tol" not in config)
+        assert all("jointly" not in x.record.method for x in lines if x.name in alone)
+    if "budget" in config:
+        assert snn.report(a).params <= config["budget"] * sum(heights) * 64
+
+
+def test_layers_that_a_tolerance_takes_too_high_leave_the_others_together():
+    a = projected((64, 64, 4), {"tol": 0.6})
+    assert together(a) == {"query", "key"}
+    assert a.query.operator.rank > 4
+    apart = projected((64, 64, 4), {"tol": 0.6, "joint": False})
+    assert torch.equal(a.value.to_dense(), apart.value.to_dense())
+
+
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_the_plan_has_the_flops_of_the_joint_rank(interpolative):
+    heights, config = (64, 48, 8), {"budget": 0.5, "interpolative": interpolative}
+    a = projected(heights, config)
+    plan = snn.plan(Projections(*heights), {"structure": "low_rank", "joint": True} | config)
+    assert [e.flops for e in plan] == [line.flops for line in snn.report(a)]
+    assert [e.joint_rank for e in plan] == [a.query.operator.rank, a.query.operator.rank, None]
+    assert "joint: flops and speeds are those of the rank" in str(plan)
+    apart = snn.plan(Projections(*heights), {"structure": "low_rank"} | config)
+    assert [e.params for e in plan] == [e.params for e in apart]
+    assert plan.entries[0].flops > apart.entries[0].flops
+    assert {e.joint_rank for e in apart} == {None}
+
+
+def test_layers_are_timed_at_the_joint_rank(monkeypatch):
+    ranks = []
+    timed = lambda operator, *_: ranks.append((operator.shape, operator.rank)) or 2.0  # noqa: E731
+    monkeypatch.setattr(sys.modules["structmat.nn.plan"], "measured_speed", timed)
+    for joint in (True, False):
+        config = {"structure": "low_rank", "joint": joint, "budget": 0.5}
+        assert len(snn.plan(Projections(64, 64, 8), config, batch=32).converted) == 3
+    assert ranks == [((64, 64), 21), ((8, 64), 3), ((64, 64), 16), ((8, 64), 3)]
+
+
+@pytest.mark.parametrize("frozen", [("query",), ("value",), ("query", "key", "value")])
+def test_frozen_layers_are_not_joined_with_trained_ones(frozen):
+    a = projected((64, 64, 64), {"budget": 0.5}, frozen=frozen)
+    assert together(a) == ({"query", "key", "value"} - set(frozen) or set(frozen))
+    for name, layer in a.named_children():
+        assert {f.requires_grad for f in layer.factors} == {name not in frozen}
+        assert layer.bias.requires_grad
+        assert layer.weight.requires_grad == layer.to_linear().weight.requires_grad == (name not in frozen)
+    snn.densify(a)
+    assert {n: m.weight.requires_grad for n, m in a.named_children()} == {
+        n: n not in frozen for n in ("query", "key", "value")
+    }
+
+
+@pytest.mark.parametrize("change", [{"dtype": torch.float64}, {"device": "meta"}], ids=["dtype", "device"])
+def test_layers_of_different_kinds_are_not_joined(change):
+    a = Projections(64, 64, 64)
+    plan = snn.plan(a, {"structure": "low_rank", "budget": 0.5})
+    names = [["query", "key", "value"]]
+    assert [[e.name for e in group] for group in grouped(plan.entries, names, a, True)] == names
+    a.key.to(**change)
+    found = grouped(plan.entries, names, a, True)
+    assert [[e.name for e in group] for group in found] == [["query", "value"], ["key"]]
+
+
 # ---- sequential -----------------------------------------------------------------------------------------------------------
 
 
@@ -897,8 +1013,27 @@ def test_sequential_conversion_refuses():
         snn.convert_sequentially(a, plan, [tokens()], blend=2)
     with pytest.raises(ValueError, match="at least one batch"):
         snn.convert_sequentially(a, plan, [])
+    btt = snn.plan(a, {"query": {"structure": "btt", "blocks": 2}}, budget=0.5)
+    with pytest.raises(ValueError, match="convert_sequentially: joint: no layer of the plan is low-rank"):
+        snn.convert_sequentially(a, btt, [tokens(60)], joint=True)
+    assert type(a.blocks[0].query) is nn.Linear
     linear = nn.Linear(24, 24)
     twice = nn.Sequential(linear, nn.ReLU(), linear)
     with pytest.raises(ValueError, match="ran 2 times on 1 batches"):
         snn.convert_sequentially(twice, snn.plan(twice, LOW, budget=0.5), [torch.randn(300, 24)])
     assert twice[0] is linear
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
+    a = model().train()
+    before, types = values(a), kinds(a)
+    plan = snn.plan(a, BLOCKS, budget=0.5)
+    with pytest.raises(UserWarning, match="fewer than 5 samples"):
+        snn.convert_sequentially(a, plan, [tokens(4)])
+    assert unchanged(a, before, types)
+    assert all(m.training for m in a.modules())
+    a.blocks[0].eval()
+    with pytest.warns(UserWarning, match="fewer than 5 samples"):
+        snn.convert_sequentially(a, plan, [tokens(4)])
+    assert not a.blocks[0].query.training
+    assert a.blocks[1].query.training

@@ -375,6 +375,53 @@ def test_checkpoints_of_one_process(tmp_path):
         snn.save_sharded(model().to("meta"), tmp_path / "meta")
 
 
+class Pair(nn.Module):
+    """Two low-rank layers on one input, with one right factor or two; below ``module``, a name that DDP has too."""
+
+    def __init__(self, joint):
+        super().__init__()
+        torch.manual_seed(0)
+        made = [snn.StructuredLinear(16, 16, structure="low_rank", rank=2) for _ in range(2)]
+        if joint:
+            made[1].factors[1] = made[0].factors[1]
+        self.module, self.head = nn.ModuleList(made), nn.Linear(16, 2)
+
+
+def test_a_checkpoint_of_layers_apart_is_refused_by_a_joint_model(tmp_path):
+    snn.save_sharded(Pair(False), tmp_path / "apart")
+    snn.save_sharded(Pair(True), tmp_path / "joint")
+    joint = Pair(True)
+    before = copy.deepcopy(joint.state_dict())
+    with pytest.raises(ValueError, match=r"module\.1: share factors with another layer in the model"):
+        snn.load_sharded(joint, tmp_path / "apart")
+    assert all(torch.equal(x, before[k]) for k, x in joint.state_dict().items())
+    snn.load_sharded(joint, tmp_path / "joint")
+    for name in ("apart", "joint"):  # apart they can have the same factor
+        apart = Pair(False)
+        with torch.no_grad():
+            for p in apart.parameters():
+                p.zero_()
+        snn.load_sharded(apart, tmp_path / name)
+        expected = Pair(name == "joint")
+        assert all(torch.equal(x, expected.state_dict()[k]) for k, x in apart.state_dict().items())
+
+
+def test_a_model_with_an_attribute_module_keeps_its_names(tmp_path):
+    saved = Pair(True)
+    names = [name for name, _ in saved.named_parameters()]
+    assert sorted(n for g in snn.param_groups(saved, 0.1) for n in g["names"]) == sorted(names)
+    assert list(snn.full_state_dict(saved)) == list(saved.state_dict())
+    snn.save_sharded(saved, tmp_path)
+    loaded = Pair(True)
+    loaded.module = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
+    snn.load_sharded(snn.apply_structure(loaded, tmp_path), tmp_path)
+    assert all(torch.equal(x, saved.state_dict()[k]) for k, x in loaded.state_dict().items())
+    assert loaded.module[0].factors[1] is loaded.module[1].factors[1]
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(snn.StructuredLinear(16, 16), nn.Linear(16, 2)))
+    assert {"module.0.factors.0", "module.1.weight"} <= set(snn.full_state_dict(averaged))
+    assert "module.0.factors.0" in [n for g in snn.param_groups(averaged, 0.1) for n in g["names"]]
+
+
 def test_damaged_checkpoints_are_refused(tmp_path):
     snn.save_sharded(model(), tmp_path)
     dense = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))

@@ -207,3 +207,34 @@ def test_what_cannot_be_normalised_is_refused_and_left_as_it_was():
     assert type(first) is snn.StructuredLinear
     meta = snn.weight_norm(snn.StructuredLinear(8, 8, device="meta"))
     assert meta.gains.is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_normalised_in_single(dtype):
+    layer = snn.weight_norm(snn.StructuredLinear(16, 16, structure="low_rank", rank=4, init="zero", dtype=dtype))
+    x = torch.randn(3, 16, dtype=dtype)
+    y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, layer.bias.expand(3, -1)), "a factor of zeros is one of zeros, not NaN"
+    y.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in layer.parameters())
+    large = snn.StructuredLinear(16, 16, structure="low_rank", rank=4, dtype=dtype)
+    with torch.no_grad():
+        large.factors[0].fill_(300.0)  # whose square is none of float16
+        large.factors[1].mul_(1e-3)
+    y = large(x)
+    torch.testing.assert_close(snn.weight_norm(large)(x), y, rtol=3e-2, atol=3e-2)
+
+
+def test_a_factor_of_no_entries():
+    layer = snn.StructuredLinear.from_linear(nn.Linear(8, 8), structure="low_rank", rank=8, interpolative=True)
+    assert any(f.numel() == 0 for f in layer.factors)
+    x = torch.randn(3, 8)
+    y = layer(x)
+    snn.weight_norm(layer)
+    assert bool(layer.gains.isfinite().all())
+    empty = next(i for i, f in enumerate(layer.factors) if f.numel() == 0)
+    assert layer.gains[empty] == 1.0
+    torch.testing.assert_close(layer(x), y)
+    layer(x).sum().backward()
+    assert bool(layer.gains.grad.isfinite().all())

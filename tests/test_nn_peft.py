@@ -148,12 +148,91 @@ def test_on_a_pretrained_model(tmp_path):
     assert torch.equal(whole(tokens).last_hidden_state, merged(tokens).last_hidden_state)
 
 
+REFUSED = (
+    ({"init_lora_weights": "pissa"}, "lora: expected init_lora_weights of True, .*'orthogonal' .* got 'pissa'"),
+    ({"init_lora_weights": "olora"}, "lora: expected init_lora_weights of .* got 'olora'"),
+    ({"use_dora": True}, "lora: use_dora needs a dense weight"),
+)
+
+
+def randomised(model):
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_orthogonal_adapters_need_no_dense_weight():
+    model, x = peft.get_peft_model(net(), config(init_lora_weights="orthogonal")), torch.randn(5, 12)
+    up = model.base_model.model.up
+    first, last = up.lora_A["default"].weight, up.lora_B["default"].weight
+    assert min(float(first.detach().norm()), float(last.detach().norm())) > 0.1
+    torch.testing.assert_close(last @ first, torch.zeros(24, 12), rtol=0, atol=1e-6)
+    y = trained(model)(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), y, rtol=1e-4, atol=1e-5)
+
+
+def test_variants_are_trained_and_never_merged():
+    model, x = peft.get_peft_model(net(), config()), torch.randn(5, 12)
+    model.add_adapter("activated", config(alora_invocation_tokens=[1], task_type="CAUSAL_LM"))
+    randomised(model)
+    before = model(x)
+    with pytest.raises(NotImplementedError, match=r"lora: activated \(ALora.*cannot be merged"):
+        model.base_model.merge_adapter(["default", "activated"])
+    up = model.base_model.model.up
+    assert not up.merged
+    assert torch.equal(model(x), before)
+    model.set_adapter("activated")
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        model.merge_and_unload()
+
+
+def test_a_merge_that_fails_late_merges_nothing():
+    model, x = peft.get_peft_model(net(), config()), torch.randn(5, 12)
+    model.add_adapter("broken", config())
+    randomised(model)
+    up = model.base_model.model.up
+    base = up.get_base_layer()
+    torch.nn.init.constant_(up.lora_B["broken"].weight, float("nan"))
+    y = model(x)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        up.merge(safe_merge=True, adapter_names=["default", "broken"])
+    assert not up.merged
+    assert up.get_base_layer() is base
+    assert torch.equal(model(x), y)
+
+
+def test_two_adapters_are_merged_and_taken_off_where_the_model_has_gone():
+    base, x = net(), torch.randn(5, 12)
+    y = base(x)
+    model = peft.get_peft_model(base, config())
+    model.add_adapter("two", config())
+    randomised(model)
+    model.base_model.set_adapter(["default", "two"])
+    both = model(x)
+    model.base_model.merge_adapter(["default", "two"])
+    torch.testing.assert_close(model(x), both, rtol=1e-4, atol=1e-5)
+    model.double().train()
+    model.base_model.unmerge_adapter()
+    up = model.base_model.model.up.get_base_layer()
+    assert up.training
+    assert {p.dtype for p in up.parameters()} == {torch.float64}
+    torch.testing.assert_close(model(x.double()).float(), both, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x.double()).float(), y, rtol=1e-5, atol=1e-6)
+
+
 def test_refusals():
     with pytest.raises(TypeError, match=r"expected a peft\.LoraConfig, got dict"):
         snn.lora({})
-    for options, message in (({"init_lora_weights": "pissa"}, "pissa"), ({"use_dora": True}, "use_dora")):
-        with pytest.raises(ValueError, match=f"{message}.* needs a dense weight"):
+    for options, message in REFUSED:
+        with pytest.raises(ValueError, match=message):
             peft.get_peft_model(net(), config(**options))
+        model = peft.get_peft_model(net(), config())
+        with pytest.raises(ValueError, match=message):
+            model.add_adapter("other", config(**options))
+        assert list(model.base_model.model.up.lora_A) == ["default"]
     with pytest.warns(UserWarning, match="has no bias"):
         model = peft.get_peft_model(net(), config(lora_bias=True))
     with pytest.raises(ValueError, match="without a bias"):

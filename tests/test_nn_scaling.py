@@ -132,13 +132,8 @@ def test_groups_hold_every_parameter_once_and_are_found_through_wrappers():
     assert plain["1.weight"] == plain["2.bias"] == (0.1, 0.0)
     assert plain["2.factors.1"][0] == pytest.approx(0.1 * 32 / 64 * 4)
     assert rates(torch.compile(net), weight_decay=0.5, base_width=32) == plain
-
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-    assert rates(Wrapper(net), weight_decay=0.5, base_width=32) == plain
+    assert rates(nn.DataParallel(net), weight_decay=0.5, base_width=32) == plain
+    assert rates(torch.compile(nn.DataParallel(net)), weight_decay=0.5, base_width=32) == plain
     net[2].__class__ = type("Generated", (snn.StructuredLinear,), {})  # as fully_shard does
     assert rates(net, weight_decay=0.5, base_width=32) == plain
 
@@ -257,6 +252,66 @@ def test_densify_hands_the_optimizer_over(optimizer):
     net(torch.randn(8, 32)).square().sum().backward()
     stepper.step()
     assert not torch.equal(before, net[2].weight)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("interpolative", [False, True])
+def test_densify_gives_layers_that_share_a_factor_the_rates_of_dense_ones(kind, interpolative):
+    """Layers of unequal heights: the rule of SGD has another rate for the shared factor in each of them."""
+    operators = [sm.LowRank.random((m, 32), rank=4, rng=0) for m in (64, 16, 16)]
+    if interpolative:
+        operators = [sm.Interpolative.random((m, 32), rank=4, side="columns", rng=0) for m in (64, 16, 16)]
+    net = nn.Sequential(*(snn.StructuredLinear.from_operator(a) for a in operators))
+    slot = 0 if interpolative else 1
+    for layer in net:
+        layer.factors[slot] = net[0].factors[slot]
+    groups = snn.param_groups(net, 0.1, weight_decay=0.01, optimizer=kind)
+    stepper = (torch.optim.SGD if kind == "sgd" else torch.optim.AdamW)(groups)
+    snn.densify(net, stepper)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in stepper.param_groups for p in g["params"]}
+    for layer in net:
+        assert found[id(layer.weight)] == pytest.approx((0.1, 0.01))
+
+
+def test_densify_does_not_take_an_override_of_another_layer_over():
+    net = nn.Sequential(*(snn.StructuredLinear(8, 8, structure="low_rank", rank=2, bias=False) for _ in range(2)))
+    net[1].factors[0] = net[0].factors[0]
+    stepper = torch.optim.SGD(snn.param_groups(net, 0.1, optimizer="sgd", overrides={"0.factors.0": 3.0}), lr=0.1)
+    snn.densify(net, stepper)
+    found = {id(p): g["lr"] for g in stepper.param_groups for p in g["params"]}
+    assert found[id(net[1].weight)] == pytest.approx(0.1)
+
+
+def test_densify_where_all_factors_of_a_layer_are_those_of_another():
+    operators = [sm.Interpolative.random((m, 32), rank=4, side="columns", rng=0) for m in (64, 16, 16)]
+    net = nn.Sequential(*(snn.StructuredLinear.from_operator(a) for a in operators))
+    net[2].factors[0], net[2].factors[1] = net[0].factors[0], net[1].factors[1]
+    stepper = torch.optim.SGD(snn.param_groups(net, 0.1, optimizer="sgd"), lr=0.1)
+    snn.densify(net, stepper)
+    found = {id(p): g["lr"] for g in stepper.param_groups for p in g["params"]}
+    assert [found[id(layer.weight)] for layer in net] == pytest.approx([0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("held", [False, True])
+def test_densify_with_a_frozen_factor(frozen, held):
+    """An optimizer of the trained parameters knows all that it needs; the product is trained if a factor is."""
+    net = nn.Sequential(snn.StructuredLinear(8, 8, structure="low_rank", rank=2))
+    net[0].factors[frozen].requires_grad_(False)
+    assert net[0].weight.requires_grad
+    assert net[0].to_linear().weight.requires_grad
+    groups = snn.param_groups(net, 0.1, weight_decay=0.01)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if held or p.requires_grad]
+    stepper = torch.optim.AdamW([g for g in groups if g["params"]])
+    snn.densify(net, stepper)
+    assert net[0].weight.requires_grad
+    assert {id(p) for g in stepper.param_groups for p in g["params"]} == {id(p) for p in net.parameters()}
+    group = next(g for g in stepper.param_groups if g["params"][0] is net[0].weight)
+    assert (group["lr"], group["weight_decay"]) == pytest.approx((0.1, 0.005))  # that of the factor that was trained
+    net = nn.Sequential(snn.StructuredLinear(8, 8, structure="low_rank", rank=2)).requires_grad_(False)
+    assert not net[0].weight.requires_grad
+    assert not snn.densify(net)[0].weight.requires_grad
 
 
 def test_densify_with_an_optimizer_of_one_group_and_a_strange_one():

@@ -205,6 +205,116 @@ def test_other_refusals(tmp_path):
     assert torch.isfinite(snn.load(Net(), path)(torch.ones(18))).all(), "a failed save leaves the old file"
 
 
+@pytest.mark.parametrize("other", ["meta", "half meta", "memory"])
+def test_tied_parameters_stay_tied_wherever_they_are(other, tmp_path):
+    model, x = structured(), torch.randn(3, 18)
+    model.register_buffer("steps", torch.tensor([3.0]))
+    model.register_buffer("again", model.steps)
+    snn.save(model, tmp_path / "m.safetensors")
+    fresh = Net().requires_grad_(False)
+    fresh.register_buffer("steps", torch.zeros(1))
+    fresh.register_buffer("again", fresh.steps)
+    if other == "meta":
+        fresh.to("meta")
+        fresh.tied.weight, fresh.again = fresh.second.weight, fresh.steps
+    elif other == "half meta":
+        fresh.second.to("meta")
+        fresh.tied.weight = fresh.second.weight
+        fresh.first.double()
+        fresh.steps.data = fresh.steps.double()
+    steps = fresh.steps
+    snn.load(fresh, tmp_path / "m.safetensors")
+    assert fresh.tied.weight is fresh.second.weight
+    assert fresh.again is fresh.steps
+    assert fresh.steps.item() == 3.0
+    assert not any(p.requires_grad for p in fresh.parameters())
+    if other == "half meta":
+        assert fresh.first.factors[0].dtype == torch.float64
+        assert fresh.steps is steps, "what has memory is written to"
+        assert fresh.steps.dtype == torch.float64
+        assert fresh.second.weight.dtype == torch.float32
+    else:
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_what_the_model_does_not_tie_has_memory_of_its_own(tmp_path):
+    snn.save(structured(), tmp_path / "m.safetensors")
+    fresh = Net().to("meta")
+    fresh.tied = torch.nn.Linear(12, 12, bias=False, device="meta")
+    snn.load(fresh, tmp_path / "m.safetensors")
+    assert fresh.tied.weight is not fresh.second.weight
+    with torch.no_grad():
+        fresh.tied.weight.zero_()
+    assert fresh.second.weight.abs().sum() > 0
+
+
+def test_frozen_layers_stay_frozen(tmp_path):
+    snn.save(structured(), tmp_path / "m.safetensors")
+    fresh = Net()
+    fresh.first.weight.requires_grad_(False)
+    snn.load(fresh, tmp_path / "m.safetensors")
+    flags = {name: p.requires_grad for name, p in fresh.first.named_parameters()}
+    assert flags == {"bias": True, "factors.0": False, "factors.1": False}
+    again = structured()
+    again.first.factors[1].requires_grad_(False)
+    snn.load(again, tmp_path / "m.safetensors")
+    flags = {name: p.requires_grad for name, p in again.first.named_parameters()}
+    assert flags == {"bias": True, "factors.0": True, "factors.1": False}
+    snn.save(joined(), tmp_path / "joined.safetensors")
+    for frozen in ("query", "key"):
+        pair = dense_pair()
+        pair[frozen].requires_grad_(False)
+        snn.load(pair, tmp_path / "joined.safetensors")
+        assert pair["key"].factors[1].requires_grad, "one of the two is trained"
+        assert not pair[frozen].factors[0].requires_grad
+
+
+class Extra(torch.nn.Linear):
+    """A layer with a state that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_a_state_that_is_no_tensor_is_named(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = torch.nn.Sequential(snn.StructuredLinear(18, 18), Extra(18, 2))
+    with pytest.raises(TypeError, match=r"save: expected tensors alone in the state dict, got 1\._extra_state: dict"):
+        snn.save(model, path)
+    assert not path.exists()
+    snn.save(torch.nn.Sequential(snn.StructuredLinear(18, 18), torch.nn.Linear(18, 2)), path)
+    with pytest.raises(TypeError, match=r"load: .* got 1\._extra_state: dict"):
+        snn.load(model, path)
+
+
+@pytest.mark.filterwarnings("ignore:convert. .* without calibration data")
+@pytest.mark.parametrize("structure", [None, {"structure": "low_rank", "rank": 2}])
+def test_a_file_of_an_unfused_model_says_what_to_do(structure, tmp_path):
+    def encoder():
+        torch.manual_seed(0)
+        return torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+
+    model, x = snn.unfuse_attention(encoder()), torch.randn(2, 5, 16)
+    if structure:
+        snn.convert(model, snn.plan(model, {r"re:.*(query|value)": structure}, min_speedup=0))
+    snn.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="call unfuse_attention first"):
+        snn.load(encoder(), tmp_path / "m.safetensors")
+    assert torch.equal(snn.load(snn.unfuse_attention(encoder()), tmp_path / "m.safetensors")(x), model(x))
+    snn.save(torch.nn.Linear(3, 3), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="missing") as error:
+        snn.load(encoder(), tmp_path / "m.safetensors")
+    assert "unfuse_attention" not in str(error.value)
+
+
+def test_an_input_without_axes_is_refused_with_its_shape():
+    with pytest.raises(ValueError, match=r"expected an input of shape \(\.\.\., 18\), got \(\)"):
+        structured().first(torch.tensor(1.0))
+
+
 def joined():
     """Two layers with one right factor, as a joint projection makes them."""
     torch.manual_seed(0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 
@@ -78,6 +80,16 @@ def test_scalars_keep_their_kind(tmp_path):
     for scalar in (2, 2.5, 1 + 2j, np.float32(3)):
         operator = scalar * (sm.Monarch.random((4, 4), blocks=2, rng=0) + sm.Identity(4))
         same(again(operator, tmp_path), operator)
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">c8", ">f4"])
+def test_arrays_of_the_other_byte_order_come_back_in_the_native_one(dtype, tmp_path):
+    left, right = np.arange(3).reshape(3, 1).astype(dtype), np.array([[2, 5]]).astype(dtype)
+    found = again(sm.LowRank(left, right), tmp_path)
+    assert found.left.dtype == np.dtype(dtype).newbyteorder("=")
+    assert found.left.dtype.isnative
+    np.testing.assert_array_equal(found.to_dense(), left @ right)
+    same(again(sm.Identity(3, dtype=dtype), tmp_path), sm.Identity(3, dtype=dtype))
 
 
 class Mine(sm.Operator):
@@ -197,6 +209,33 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         sm.save(path, sm.Dense(np.eye(3)))
     assert repr(sm.load(path)) == repr(sm.Identity(3))
     assert [p.name for p in tmp_path.iterdir()] == ["A.safetensors"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
+def test_the_file_has_the_usual_mode_or_that_of_the_old_one_and_links_stay(tmp_path):
+    (tmp_path / "data").mkdir()
+    target, link = tmp_path / "data" / "A.safetensors", tmp_path / "link.safetensors"
+    link.symlink_to(target)
+    old = os.umask(0o027)
+    try:
+        sm.save(link, sm.Identity(3))
+        assert stat.S_IMODE(target.stat().st_mode) == 0o640
+        target.chmod(0o604)
+        sm.save(link, sm.Identity(4))
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o604
+    assert link.is_symlink()
+    assert sm.load(target).shape == (4, 4)
+    assert [p.name for p in target.parent.iterdir()] == ["A.safetensors"], "nothing is left beside it"
+
+
+def test_a_folder_that_is_missing_or_in_the_way_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"save: no folder .*nowhere$"):
+        sm.save(tmp_path / "nowhere" / "A.safetensors", sm.Identity(3))
+    with pytest.raises(IsADirectoryError, match="expected the path of a file, got the folder"):
+        sm.save(tmp_path, sm.Identity(3))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_models_and_operators_are_told_apart(tmp_path):

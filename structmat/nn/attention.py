@@ -82,6 +82,11 @@ class UnfusedAttention(nn.Module):
         elif not self.batch_first:
             q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
         batch, length, _ = q.shape
+        if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[1] != v.shape[1]:
+            raise ValueError(
+                "attention: expected one batch size, and key and value of one length, got query, key and value of shapes "
+                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+            )
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat((k, self.bias_k.expand(batch, 1, -1)), 1)
             v = torch.cat((v, self.bias_v.expand(batch, 1, -1)), 1)
@@ -135,7 +140,8 @@ class UnfusedAttention(nn.Module):
             found = hidden if found is None else found + hidden
         return found
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        assigned = local_metadata.get("assign_to_params_buffers", False)
         for kind in ("weight", "bias"):
             fused = state_dict.pop(f"{prefix}in_proj_{kind}", None)
             parts = (
@@ -144,9 +150,10 @@ class UnfusedAttention(nn.Module):
                 else fused.chunk(3)
             )
             for name, part in zip(_NAMES, parts, strict=True):
-                if part is not None:
+                if part is not None:  # a view of the packed one would keep all of it
+                    part = part.detach().clone() if assigned and fused is not None else part
                     state_dict[f"{prefix}{name}.{kind}"] = part
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -176,8 +183,8 @@ def unfuse_attention(model: nn.Module, *, optimizer: torch.optim.Optimizer | Non
     Raises
     ------
     ValueError
-        If there is no such module, one has hooks, parametrisations or a forward of its own, two share a weight, or the
-        optimizer was built before. The model is then as it was.
+        If there is no such module, one has hooks, parametrisations or a forward of its own, two share a weight, another module
+        holds a packed parameter, or the optimizer was built before. The model is then as it was.
 
     Examples
     --------
@@ -206,6 +213,11 @@ def unfuse_attention(model: nn.Module, *, optimizer: torch.optim.Optimizer | Non
                 raise ValueError(
                     f"unfuse_attention: the optimizer was built before and holds {name}.{key}, which is replaced"
                 )
+    for name, module in model.named_modules():
+        for key, parameter in {} if isinstance(module, nn.MultiheadAttention) else module._parameters.items():
+            owner = owners.get(id(parameter), "")
+            if owner.rpartition(".")[2].startswith("in_proj"):
+                raise ValueError(f"unfuse_attention: {name}.{key} is the same parameter as {owner}, which is replaced")
     made = {id(m): UnfusedAttention(m) for m in found.values()}
     for name, module in found.items():
         model = put(model, name, made[id(module)])

@@ -93,18 +93,30 @@ def load_sharded(
     FileNotFoundError
         If there is no such checkpoint.
     ValueError
-        If it is damaged or of a later version, or its layers, keys or shapes are not those of the model.
+        If it is damaged or of a later version, its layers, keys or shapes are not those of the model, or layers of the model
+        share factors (joint projection) that are several in the checkpoint.
     """
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    mine, theirs = _architectures(_layers(model)), _architectures(_read(folder))
+    own, written = _layers(model), _read(folder)
+    mine, theirs = _architectures(own), _architectures(written)
     if mine != theirs:
         wrong = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
         raise ValueError(
             f"load_sharded: {folder}: structured otherwise than the model: {', '.join(wrong[:5])}; a dense model needs "
             "apply_structure first"
+        )
+    lost = sorted(
+        name
+        for name, entry in own.items()
+        if not entry.get("shared", {}).items() <= written[name].get("shared", {}).items()
+    )
+    if lost:
+        raise ValueError(
+            f"load_sharded: {folder}: {', '.join(lost[:5])}: share factors with another layer in the model, and have their own "
+            "in the checkpoint; apply_structure to a dense model, or densify this one first"
         )
     state = _state(model, optimizer, "load_sharded")
     sizes: dict[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -155,7 +167,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Any]:
     for prefix, module in model.named_modules():
         if isinstance(module, StructuredLinear):
             for i, shape in enumerate(slots_of(module.spec)[0].values()):
-                key = unwrapped_name(f"{prefix}.factors.{i}" if prefix else f"factors.{i}")
+                key = unwrapped_name(f"{prefix}.factors.{i}" if prefix else f"factors.{i}", model)
                 state[key] = state[key].reshape(stored_shape(shape))
     return state
 
@@ -167,8 +179,9 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     """The descriptions of all structured layers by their names in the unwrapped model."""
     found = {}
     for name, entry in describe(model).items():
-        shared = {slot: [unwrapped_name(home), other] for slot, (home, other) in entry.get("shared", {}).items()}
-        found[unwrapped_name(name)] = entry | ({"shared": shared} if shared else {})
+        homes = entry.get("shared", {}).items()
+        shared = {slot: [unwrapped_name(home, model), other] for slot, (home, other) in homes}
+        found[unwrapped_name(name, model)] = entry | ({"shared": shared} if shared else {})
     return found
 
 

@@ -121,12 +121,34 @@ def example(choice: Choice, shape: tuple[int, int]) -> Operator:
     return _of_noise(choice, shape)
 
 
+def joint_rank(choice: Choice, shape: tuple[int, int]) -> int | None:
+    """The rank that a budget buys layers of that many rows together; None where the rank is given or left to a tolerance.
+
+    Raises ``ValueError`` if it buys none.
+    """
+    return _rank(shape, choice.options) if "budget" in choice.options and "tol" not in choice.options else None
+
+
+def joint_example(choice: Choice, shape: tuple[int, int], rank: int) -> Operator:
+    """As :func:`example`, the part of a joint projection of a rank that one layer gets."""
+    if not choice.options.get("interpolative"):
+        return empty(LowRank, shape, rank=rank)
+    return Interpolative.random(shape, rank=rank, side="columns", dtype=np.float32, rng=0)
+
+
 def _of_noise(choice: Choice, shape: tuple[int, int]) -> Operator:
     noise = np.random.default_rng(0).standard_normal(shape)
     return project(noise, choice.family, **choice.project_options).operator
 
 
 def _low_rank(shape: tuple[int, int], options: Mapping[str, Any]) -> Operator:
+    (m, n), rank = shape, _rank(shape, options)
+    if not options.get("interpolative"):
+        return empty(LowRank, shape, rank=rank)
+    return Interpolative.random(shape, rank=rank, side="rows" if m <= n else "columns", dtype=np.float32, rng=0)
+
+
+def _rank(shape: tuple[int, int], options: Mapping[str, Any]) -> int:
     m, n = shape
     interpolative = bool(options.get("interpolative"))
     if "budget" in options:
@@ -135,13 +157,11 @@ def _low_rank(shape: tuple[int, int], options: Mapping[str, Any]) -> Operator:
         rank = most_rank(request, m, n)
         if rank < 1:
             raise infeasible(request, m + n - interpolative)
-    else:
-        rank = int(options.get("rank") or max(1, min(shape) // 4))
-        if not 1 <= rank <= min(shape):
-            raise ValueError(f"rank: expected between 1 and {min(shape)} for shape {m}x{n}, got {rank}")
-    if not interpolative:
-        return empty(LowRank, shape, rank=rank)
-    return Interpolative.random(shape, rank=rank, side="rows" if m <= n else "columns", dtype=np.float32, rng=0)
+        return rank
+    rank = int(options.get("rank") or max(1, min(shape) // 4))
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"rank: expected between 1 and {min(shape)} for shape {m}x{n}, got {rank}")
+    return rank
 
 
 def _two_factor(family: type[Operator], shape: tuple[int, int], options: Mapping[str, Any]) -> Operator:

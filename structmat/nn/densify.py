@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,18 @@ from structmat.nn import huggingface
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import put, to_dense
 from structmat.nn.sharding import check_unwrapped
+
+
+class _Home(NamedTuple):
+    """Where the factors of a layer are in an optimizer.
+
+    ``groups`` are those of the trained factors. The rate of the first, that of factor ``slot`` of ``owner``, tells the layer's:
+    the owner is the layer itself, unless it shares all its factors with layers before it.
+    """
+
+    groups: list[dict[str, Any]]
+    owner: StructuredLinear
+    slot: int
 
 
 def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
@@ -40,7 +52,7 @@ def densify(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) ->
     Raises
     ------
     ValueError
-        If there is no structured layer, the optimizer holds some of a layer's factors only, or the model is spread over
+        If there is no structured layer, the optimizer holds some of a layer's trained factors only, or the model is spread over
         processes (DDP, ``fully_shard``, :func:`structmat.nn.parallelize`).
 
     Examples
@@ -100,19 +112,26 @@ def _replaced(model: nn.Module, dense: Mapping[str, nn.Module]) -> nn.Module:
     return model
 
 
-def _homes(optimizer: torch.optim.Optimizer, layers: list[StructuredLinear]) -> dict[int, list[dict[str, Any]]]:
-    """The groups that hold the factors of every layer; layers that the optimizer does not know are left out."""
+def _homes(optimizer: torch.optim.Optimizer, layers: list[StructuredLinear]) -> dict[int, _Home]:
+    """Where the factors of every layer are; layers that the optimizer does not know are left out."""
     group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    holders: dict[int, list[tuple[StructuredLinear, int]]] = {}
+    for layer in layers:
+        for slot, factor in enumerate(layer.factors):
+            holders.setdefault(id(factor), []).append((layer, slot))
     homes = {}
     for layer in layers:
-        groups = [group_of[id(f)] for f in layer.factors if id(f) in group_of]
-        if groups and len(groups) != len(layer.factors):
+        held = [f for f in layer.factors if id(f) in group_of]
+        trained = [f for f in layer.factors if f.requires_grad]
+        missing = [f for f in trained if id(f) not in group_of]
+        if held and missing:
             raise ValueError(
-                f"densify: the optimizer holds {len(groups)} of the {len(layer.factors)} factors of {layer.structure} "
-                f"{layer.out_features}x{layer.in_features}; was it made before the conversion?"
+                f"densify: the optimizer holds {len(trained) - len(missing)} of the {len(trained)} factors of "
+                f"{layer.structure} {layer.out_features}x{layer.in_features}; was it made before the conversion?"
             )
-        if groups:
-            homes[id(layer)] = groups
+        if held:
+            told = sorted(trained or held, key=lambda f: len(holders[id(f)]) > 1)  # shared: another layer's rate
+            homes[id(layer)] = _Home([group_of[id(f)] for f in told], *holders[id(told[0])][0])
     return homes
 
 
@@ -128,19 +147,19 @@ def _dropped(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
 
 
 def _exchange(
-    optimizer: torch.optim.Optimizer, layer: StructuredLinear, weight: torch.Tensor, groups: list[dict[str, Any]] | None
+    optimizer: torch.optim.Optimizer, layer: StructuredLinear, weight: torch.Tensor, home: _Home | None
 ) -> None:
     """The factors leave the optimizer, the dense weight enters in a group of its own."""
-    if groups is None:
+    if home is None:
         return
     from structmat.nn.scaling import multipliers
 
-    first = groups[0]
+    groups, first = home.groups, home.groups[0]
     options = {k: v for k, v in first.items() if k not in ("params", "names", "multiplier", "param_names")}
     if (
         "multiplier" in first
     ):  # of param_groups: the rate of a dense layer is the factor's without what its structure brings
-        rules = [multipliers(layer, rule)[0] for rule in ("adam", "sgd")]
+        rules = [multipliers(home.owner, rule)[home.slot] for rule in ("adam", "sgd")]
         rule = rules[isinstance(optimizer, torch.optim.SGD)]
         options["lr"] = first["lr"] / rule
         if "initial_lr" in first:

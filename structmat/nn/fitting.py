@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from structmat.nn.choice import Choice
-from structmat.nn.joint import split, tie
+from structmat.nn.joint import apart, dearer, split, tie
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import is_conv1d, mark, weight_of
 from structmat.projection.moments import Moments
 from structmat.projection.project import project
+from structmat.structures.interpolative import Interpolative
 
 DAMPING, MORE_DAMPING = 1e-3, 0.1  # of the mean diagonal; more where there are fewer than 2 n samples
 
@@ -93,7 +94,8 @@ def fit(jobs: Sequence[Job]) -> list[StructuredLinear]:
     """The structured layers of one job, or of several that read the same input, with a ``record`` of their errors.
 
     Several are projected as one matrix, their weights on top of each other, and share its right factor. Every layer has the
-    dtype and device of the dense one. Raises ``ValueError`` that names the layers.
+    dtype and device of the dense one. Where a tolerance leads to a joint rank that gives the shortest of them more flops than
+    dense, those are projected alone and the others together. Raises ``ValueError`` that names the layers.
     """
     first, moments = jobs[0], jobs[0].moments
     centered = first.centered and moments is not None and all(job.module.bias is not None for job in jobs)
@@ -111,7 +113,11 @@ def fit(jobs: Sequence[Job]) -> list[StructuredLinear]:
             found = project(target, first.choice.family, weight=second, mean=mean, damping=damping, **options)
     except (ValueError, np.linalg.LinAlgError) as error:
         raise ValueError(f"{', '.join(job.name or 'the model' for job in jobs)}: {error}") from error
-    heights = [len(job.weight) for job in jobs]
+    heights = [weight_of(job.module).shape[0] for job in jobs]
+    if len(jobs) > 1 and "tol" in options and _too_high(found.operator, min(heights)):
+        parts = apart(jobs, [height > min(heights) for height in heights])
+        made = {id(job): layer for part in parts for job, layer in zip(part, fit(part), strict=True)}
+        return [made[id(job)] for job in jobs]
     operators = [found.operator] if len(jobs) == 1 else split(found.operator, heights)
     layers = []
     for job, operator in zip(jobs, operators, strict=True):
@@ -123,6 +129,11 @@ def fit(jobs: Sequence[Job]) -> list[StructuredLinear]:
     return layers
 
 
+def _too_high(operator: Any, height: int) -> bool:
+    """Whether the rank that a tolerance took for several layers gives one of so many rows more flops than dense."""
+    return dearer(operator.rank, height, operator.shape[1], isinstance(operator, Interpolative))
+
+
 def _layer(job: Job, operator: Any, centered: bool, method: str) -> StructuredLinear:
     """The layer of an operator, its bias corrected, with the record of its errors as they are after rounding."""
     weight, exact, moments = weight_of(job.module), job.weight, job.moments
@@ -132,7 +143,9 @@ def _layer(job: Job, operator: Any, centered: bool, method: str) -> StructuredLi
         shift = exact @ before - np.asarray(operator @ moments.mean)
         bias = (bias.double() + torch.from_numpy(shift).to(bias.device)).to(bias.dtype)
     layer = StructuredLinear.from_operator(operator, bias, device=weight.device, dtype=weight.dtype)
-    layer.requires_grad_(any(p.requires_grad for p in job.module.parameters()))
+    layer.factors.requires_grad_(job.module.weight.requires_grad)
+    if layer.bias is not None and job.module.bias is not None:
+        layer.bias.requires_grad_(job.module.bias.requires_grad)
     difference = exact - layer.operator.to_dense().detach().double().cpu().numpy()  # after the cast
     record = Record(
         job.choice.label,

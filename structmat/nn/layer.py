@@ -356,7 +356,7 @@ class StructuredLinear(nn.Module):
         wide = torch.complex128 if dtype.is_complex else torch.float64 if device.type != "mps" else torch.float32
         eye = torch.eye(self.in_features, dtype=wide, device=device)
         weight = self._rows(eye, None, [v.to(wide) for v in values]).t().to(dtype).contiguous()
-        linear.weight = nn.Parameter(weight, self.factors[0].requires_grad)
+        linear.weight = nn.Parameter(weight, any(f.requires_grad for f in self.factors))
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return linear.train(self.training)
@@ -365,7 +365,8 @@ class StructuredLinear(nn.Module):
     def weight(self) -> StructuredWeight:
         """The place of the dense weight: shape, dtype and device, and no entries."""
         first = self.factors[0]
-        return StructuredWeight((self.out_features, self.in_features), first.dtype, first.device, first.requires_grad)
+        trained = any(f.requires_grad for f in self.factors)
+        return StructuredWeight((self.out_features, self.in_features), first.dtype, first.device, trained)
 
     # ---- costs ------------------------------------------------------------------------------------------------------
 
@@ -395,7 +396,7 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x A^T + bias`` for ``x`` of shape ``(..., in_features)``."""
-        if x.shape[-1] != self.in_features:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"StructuredLinear: expected an input of shape (..., {self.in_features}), got {tuple(x.shape)}"
             )

@@ -25,7 +25,7 @@ class NormalizedLinear(StructuredLinear):
 
     def _values(self) -> list[Tensor]:
         return [
-            w * (g / (_rms(w) / s).clamp(min=1.0))
+            w * (g / _excess(w, s)).to(w.dtype)
             for w, g, s in zip(self.factors, self.gains.unbind(), sigmas(self), strict=True)
         ]
 
@@ -81,7 +81,7 @@ def weight_norm(module: nn.Module) -> nn.Module:
             gains = torch.ones(len(layer.factors), dtype=first.dtype, device=first.device)
             if not first.is_meta:
                 for i, (w, s) in enumerate(zip(layer.factors, sigmas(layer), strict=True)):
-                    gains[i] = (_rms(w) / s).clamp(min=1.0)
+                    gains[i] = _excess(w, s)
         layer.register_parameter("gains", nn.Parameter(gains, first.requires_grad))
         layer.__class__ = NormalizedLinear
     huggingface.attach(module)
@@ -126,8 +126,14 @@ def sigmas(layer: StructuredLinear) -> list[float]:
     return caps
 
 
-def _rms(w: Tensor) -> Tensor:
-    return (w.abs().square().mean() + EPS).sqrt()
+def _excess(w: Tensor, cap: float) -> Tensor:
+    """How many times larger than its cap a factor is, and at least 1, which it is for one of no entries."""
+    if not w.numel():
+        return w.new_ones(())
+    w = (
+        w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+    )  # in half precision EPS is 0, and squares overflow
+    return ((w.abs().square().mean() + EPS).sqrt() / cap).clamp(min=1.0)
 
 
 def _layers(module: nn.Module, name: str) -> list[StructuredLinear]:

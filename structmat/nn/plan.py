@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from structmat.nn.choice import Choice, example
+from structmat.nn.choice import Choice, example, joint_example
+from structmat.nn.joint import least_height, wants
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import is_dense_linear, obstacle, places, shape_of, tied_to
 from structmat.nn.selection import match, read_selection
@@ -39,6 +40,9 @@ class Entry:
         For one row; a multiply-add counts as 2.
     speed
         Time of the dense layer over that of the structured one, above 1 is faster; None where it was not measured.
+    joint_rank
+        Where it asks to be projected jointly: the rank that ``flops`` and ``speed`` are for, if its budget buys one together
+        with the layers of its module that are as wide and have the same config. ``params`` are those of the layer apart.
     skipped
         Why the layer stays as it is; None where it is converted.
     """
@@ -51,6 +55,7 @@ class Entry:
     params: int = 0
     flops: int = 0
     speed: float | None = None
+    joint_rank: int | None = None
     skipped: str | None = None
 
     @property
@@ -212,6 +217,7 @@ def plan(
                 entry = replace(entry, params=found.nparams, flops=found.flops())
         entries.append(replace(entry, skipped=why))
     _check_fit(entries, examples)
+    entries = _jointly(entries, examples)
     entries = _slow_ones_out(entries, linears, examples, batch, min_speedup)
     return Plan(tuple(entries), _notes(model, linears, matched), batch)
 
@@ -259,6 +265,32 @@ def _check_fit(entries: list[Entry], examples: Mapping[Any, Operator | str]) -> 
         raise ValueError(f"plan: no layer can be converted; {asked[0].name}: {asked[0].skipped}")
 
 
+def _jointly(entries: list[Entry], examples: dict[Any, Operator | str]) -> list[Entry]:
+    """Entries whose config asks to be joint, with the flops of the rank that a budget buys them together.
+
+    Who reads the same input is not known before calibration: those of one module that are as wide and have the same config are
+    taken to. The operators of the joint rank are added to ``examples``, for :func:`_slow_ones_out` to time.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, entry in enumerate(entries):
+        if entry.skipped is None and entry.choice is not None and wants(entry, False):
+            key = entry.name.rpartition(".")[0], entry.shape[1], entry.choice.label
+            groups.setdefault(key, []).append(i)
+    result = list(entries)
+    for group in groups.values():
+        choice = entries[group[0]].choice
+        if choice is None or len(group) == 1:
+            continue
+        heights = [entries[i].shape[0] for i in group]
+        least, rank = least_height(choice, heights, entries[group[0]].shape[1])
+        for i in group:
+            shape = entries[i].shape
+            if rank is not None and shape[0] >= least:
+                found = examples[choice.label, shape, rank] = joint_example(choice, shape, rank)
+                result[i] = replace(entries[i], flops=found.flops(), joint_rank=rank)
+    return result
+
+
 def _slow_ones_out(
     entries: list[Entry],
     linears: Mapping[str, nn.Module],
@@ -274,9 +306,10 @@ def _slow_ones_out(
             module = linears[entry.name]
             weight = next(module.parameters())
             if batch is not None and not weight.is_meta:
-                key = entry.choice.label, entry.shape, weight.dtype, weight.device
+                which = entry.choice.label, entry.shape, *(() if entry.joint_rank is None else (entry.joint_rank,))
+                key = which, weight.dtype, weight.device
                 if key not in speeds:
-                    speeds[key] = measured_speed(examples[key[:2]], batch, weight.dtype, weight.device)
+                    speeds[key] = measured_speed(examples[which], batch, weight.dtype, weight.device)
                 entry = replace(entry, speed=speeds[key])
             if min_speedup > 0:
                 if entry.speed is not None and entry.speed < min_speedup:
@@ -295,7 +328,10 @@ def _notes(model: nn.Module, linears: Mapping[str, nn.Module], matched: Mapping[
     if rest:
         notes.append(f"matched by no pattern: {_some(rest)}")
     if any(choice is not None and choice.options.get("joint") for choice in matched.values()):
-        notes.append("joint: sizes, flops and speeds are those of layers apart; together they have as many parameters")
+        notes.append(
+            "joint: flops and speeds are those of the rank that the alike layers of a module have together, with as many "
+            "parameters as apart; those that would need more flops than dense are projected alone"
+        )
     fused = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     if fused:
         notes.append(

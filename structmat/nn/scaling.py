@@ -222,11 +222,11 @@ def _rates(model: nn.Module, base_width: int | None, optimizer: str) -> Iterator
             decayed = sum(f.ndim >= 2 for f in module.factors) or 1
             for i, m in enumerate(found):
                 share = 1.0 / (decayed * m) if module.factors[i].ndim >= 2 else 0.0
-                scaled[unwrapped_name(f"{start}factors.{i}")] = _Rate(width * m, share)
+                scaled[unwrapped_name(f"{start}factors.{i}", model)] = _Rate(width * m, share)
         elif isinstance(module, nn.Linear):
-            scaled[unwrapped_name(f"{start}weight")] = _Rate(width, 1.0)
+            scaled[unwrapped_name(f"{start}weight", model)] = _Rate(width, 1.0)
     for name, parameter in model.named_parameters():
-        known = unwrapped_name(name)  # some wrappers leave their infix out here, and not in named_modules
+        known = unwrapped_name(name, model)  # some wrappers leave their infix out here, and not in named_modules
         yield known, parameter, scaled.get(known, _Rate(1.0, float(parameter.ndim >= 2)))
 
 

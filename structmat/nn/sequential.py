@@ -12,7 +12,7 @@ from torch import nn
 from structmat.nn.calibration import Sums
 from structmat.nn.conversion import all_or_nothing, check_optimizer, chosen, finished, fit_all, warn_few
 from structmat.nn.fitting import Job, default_damping
-from structmat.nn.joint import grouped
+from structmat.nn.joint import asking, grouped
 from structmat.nn.layer import StructuredLinear
 from structmat.nn.modules import weight_of
 from structmat.nn.plan import Entry, Plan, check
@@ -83,6 +83,7 @@ def convert_sequentially(
     check_unwrapped(model, "convert_sequentially")
     check(plan, model)
     check_optimizer(model, plan, optimizer)
+    asking(plan.converted, joint, "convert_sequentially")
     if not 0.0 <= blend <= 1.0:
         raise ValueError(f"convert_sequentially: blend: expected a number from 0 to 1, got {blend}")
     data = list(batches)
@@ -108,9 +109,9 @@ def convert_sequentially(
                         layers[entry.name], found[entry.name] = layer, own
                 del original[stage[0]]
             walk.leave(unit)
-    for name, layer in layers.items():
-        layer.train(modes[name])
-    warn_few(plan, found)
+        for name, layer in layers.items():
+            layer.train(modes[name])
+        warn_few(plan, found)  # inside: an error where warnings are errors
     return finished(model, plan, layers)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 
 def is_sharded(x: Any) -> bool:
@@ -38,11 +39,20 @@ def drawn(parameter: Tensor, draw: Callable[[Tensor], Any]) -> None:
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # what wrappers put into names
 
 
-def unwrapped_name(name: str) -> str:
-    """The name of a module or parameter as of the model before it was wrapped."""
+def unwrapped_name(name: str, model: nn.Module) -> str:
+    """The name of a module or parameter of a model as of before the model was wrapped.
+
+    ``module.`` in front comes from DDP and DataParallel; elsewhere it is an attribute of the model's own.
+    """
     for infix in _WRAPPERS:
         name = f"{name}.".replace(infix, "")[:-1]
-    return f"{name}.".removeprefix("module.")[:-1]
+    return f"{name}.".removeprefix("module.")[:-1] if _is_replicated(model) else name
+
+
+def _is_replicated(model: nn.Module) -> bool:
+    """Whether a model is DDP or DataParallel, compiled or not."""
+    inner = model._modules.get("_orig_mod")
+    return isinstance(model, (DistributedDataParallel, DataParallel)) or (inner is not None and _is_replicated(inner))
 
 
 def shard_placement(parameter: nn.Parameter, processes: int | None = None) -> Any:

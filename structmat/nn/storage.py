@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,12 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     ------
     ValueError
         If a tensor has no values (meta device).
+    TypeError
+        If the state dict holds something other than tensors, as ``get_extra_state`` may give.
+    FileNotFoundError
+        If the folder of ``path`` is missing.
+    IsADirectoryError
+        If ``path`` is a folder.
     ImportError
         If safetensors is missing.
 
@@ -50,7 +56,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
     >>> bool((model(x) == fresh(x)).all())
     True
     """
-    state = model.state_dict()
+    state = _tensors_of(model, "save")
     spread = [name for name, x in state.items() if is_sharded(x)]
     if spread:
         raise ValueError(
@@ -74,8 +80,9 @@ def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Modul
     Parameters
     ----------
     model
-        The dense model, one that has been converted in the same way, or one of these on the meta device. Tensors are cast to
-        its dtypes and moved to its devices (meta: those of the file, on the CPU).
+        The dense model, one that has been converted in the same way, or one of these on the meta device, as a whole or in
+        part. Tensors are cast to its dtypes and moved to its devices (meta: those of the file, on the CPU). Tied parameters
+        stay tied and frozen ones frozen: the factors are where the weight was.
     path
         The file.
 
@@ -91,8 +98,11 @@ def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Modul
     ValueError
         If it is damaged, not of :func:`save`, of a later version, or its layers, keys or shapes are not those of the model; or
         if the model is spread over processes.
+    TypeError
+        If the state dict of the model holds something other than tensors.
     """
     check_unwrapped(model, "load", compiled=True)
+    _tensors_of(model, "load")
     tensors, layers = _read(path)
     made: dict[str, StructuredLinear] = {}
     for name, entry in layers.items():
@@ -108,21 +118,46 @@ def load(model: torch.nn.Module, path: str | os.PathLike[str]) -> torch.nn.Modul
         shared = read_shared(layers, made)
     except ValueError as error:
         raise ValueError(f"load: {path}: {error}") from error
-    _compare(_expected(model, made), tensors, str(path))
+    _compare(_expected(model, made), tensors, str(path), model)
     for name in layers:
         _fill(made[name], model.get_submodule(name), name, tensors)
+    for name, slots in shared.items():  # trained if one of those that share it is, as when it was joined
+        for slot, (home, other) in slots.items():
+            made[home].factors[other].requires_grad_(
+                made[home].factors[other].requires_grad or made[name].factors[slot].requires_grad
+            )
     tie_as(made, shared)
     for name, layer in made.items():  # nothing from here on can fail: keys and shapes have been compared
         model = put(model, name, layer)
-    rest = {k: x for k, x in tensors.items() if _owner(k, made) is None}
-    state = model.state_dict()
-    model.load_state_dict(state | rest, strict=True, assign=any(state[k].is_meta for k in rest))
+    _load_rest(model, {k: x for k, x in tensors.items() if _owner(k, made) is None})
     huggingface.attach(model)
     return model
 
 
+def _tensors_of(model: torch.nn.Module, who: str) -> dict[str, torch.Tensor]:
+    """The state dict; ``TypeError`` if it holds something else too."""
+    state = model.state_dict()
+    for name, x in state.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{who}: expected tensors alone in the state dict, got {name}: {type(x).__name__}")
+    return state
+
+
+def _load_rest(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load what is in no structured layer; what has no memory gets some first, once where it is tied."""
+    made: dict[int, torch.Tensor] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, x in named:
+        if x.is_meta and name in tensors:
+            memory = torch.empty_like(tensors[name])
+            new = torch.nn.Parameter(memory, x.requires_grad) if isinstance(x, torch.nn.Parameter) else memory
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made.setdefault(id(x), new))
+    model.load_state_dict(model.state_dict() | dict(tensors), strict=True)
+
+
 def _fill(layer: StructuredLinear, old: torch.nn.Module, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give an empty layer its values, in the dtype and on the device of the one that it replaces."""
+    """Give an empty layer its values, in the dtype and on the device of the one that it replaces, trained where that is."""
     prefix, like = f"{name}." if name else "", next(old.parameters())
     device = torch.device("cpu") if like.is_meta else like.device
     state = {}
@@ -130,6 +165,10 @@ def _fill(layer: StructuredLinear, old: torch.nn.Module, name: str, tensors: Map
         x = tensors[prefix + key]
         state[key] = x.to(device, like.dtype if x.is_floating_point() and not like.is_meta else x.dtype).clone()
     layer.load_state_dict(state, strict=True, assign=True)
+    trained = {key: p.requires_grad for key, p in old.named_parameters()}
+    weight = any(flag for key, flag in trained.items() if key != "bias")
+    for key, p in layer.named_parameters():
+        p.requires_grad_(trained.get(key, weight))
     layer.train(old.training)
 
 
@@ -177,7 +216,8 @@ def empty_layer(model: torch.nn.Module, name: str, entry: Mapping[str, Any]) -> 
     try:
         old = model.get_submodule(name)
     except AttributeError as error:
-        raise ValueError(f"load: the model has no layer {name!r}, which is structured in the file") from error
+        hint = _unfuse_hint(model, [name])
+        raise ValueError(f"load: the model has no layer {name!r}, which is structured in the file{hint}") from error
     try:
         layer = build(entry, "meta")
     except ValueError as error:
@@ -199,7 +239,17 @@ def _expected(model: torch.nn.Module, made: Mapping[str, StructuredLinear]) -> d
     return expected
 
 
-def _compare(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str) -> None:
+def _unfuse_hint(model: torch.nn.Module, names: Iterable[str]) -> str:
+    """What to do where names are those of projections that are fused in the model; else nothing."""
+    fused = [name for name, m in model.named_modules() if isinstance(m, torch.nn.MultiheadAttention)]
+    parts = tuple(f"{name}.{part}".lstrip(".") for name in fused for part in ("query", "key", "value"))
+    missing = any(name == part or name.startswith(f"{part}.") for name in names for part in parts)
+    return "; call unfuse_attention first, its attention is fused" if missing else ""
+
+
+def _compare(
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor], where: str, model: torch.nn.Module
+) -> None:
     """Raise ``ValueError`` that names what is missing, too much or of another shape."""
     found = {
         "missing": sorted(set(expected) - set(tensors)),
@@ -212,7 +262,8 @@ def _compare(expected: Mapping[str, torch.Size], tensors: Mapping[str, torch.Ten
     }
     wrong = "; ".join(f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in found.items() if names)
     if wrong:
-        raise ValueError(f"load: {where} does not fit the model: {wrong}")
+        hint = _unfuse_hint(model, found["unexpected"])
+        raise ValueError(f"load: {where} does not fit the model: {wrong}{hint}")
 
 
 def _owner(key: str, made: Mapping[str, Any]) -> str | None:
