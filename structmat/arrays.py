@@ -190,9 +190,23 @@ def operand(x: Any, owner: Any, what: str) -> Array:
     if k == "torch":
         dtype = promote(owner.dtype, x.dtype)
         return x if x.dtype == dtype else x.to(dtype)
-    if x.dtype.kind in "iub":
-        return x.astype(promote(owner.dtype, x.dtype))
-    return x
+    if k == "cupy" and x.dtype != owner.dtype:
+        dtype = joint_dtype(owner.dtype, x.dtype, what)
+        if x.dtype.kind in "iub":
+            with x.device:  # CuPy allocates on the current one
+                return x.astype(dtype)
+    return x.astype(promote(owner.dtype, x.dtype)) if x.dtype.kind in "iub" else x
+
+
+def joint_dtype(own: DType, other: DType, what: str) -> DType:
+    """The dtype of an operator times an operand; ``TypeError`` that names both where none holds all values of both."""
+    try:
+        return promote(own, other)
+    except TypeError as error:  # NumPy's DTypePromotionError, of bfloat16
+        raise TypeError(
+            f"{what}: {own} operator and {other} operand have no common dtype; use x.astype(...) of one that holds both, "
+            "such as float32"
+        ) from error
 
 
 def convert(x: Array, target: str, target_device: Any = None) -> Array:

@@ -32,21 +32,28 @@ class CUBLASError(RuntimeError):
     """As in CuPy."""
 
 
+def whole(array):
+    """The allocation that a NumPy array is a view of."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
 class Allocations:
     """The live allocations, to find the one that an address belongs to."""
 
     def __init__(self):
         self.starts, self.owners = [], {}
 
-    def add(self, array):
-        while isinstance(array.base, np.ndarray):
-            array = array.base
+    def add(self, array, device=0):
+        array = whole(array)
         start = array.__array_interface__["data"][0]
         known = self.owners.get(start)
         if array.nbytes and (known is None or known[0]() is not array):
             if known is None:
                 bisect.insort(self.starts, start)
-            self.owners[start] = weakref.ref(array, lambda ref: self._forget(start, ref)), start + array.nbytes
+            owner = weakref.ref(array, lambda ref: self._forget(start, ref))
+            self.owners[start] = owner, start + array.nbytes, device
 
     def _forget(self, start, ref):
         if self.owners.get(start, (None,))[0] is ref:
@@ -57,11 +64,17 @@ class Allocations:
         place = bisect.bisect_right(self.starts, address) - 1
         if place < 0 or address + size > self.owners[self.starts[place]][1]:
             raise MemoryError(f"illegal address: {what} touches {size} bytes at {address:#x}, outside any allocation")
+        if state["graph"] is not None:
+            state["graph"].append((self.owners[self.starts[place]][0], what))
+
+    def device(self, address):
+        """The device that an address belongs to."""
+        return self.owners[self.starts[bisect.bisect_right(self.starts, address) - 1]][2]
 
 
 allocations = Allocations()
 log = []  # one entry per call: (m, n, k, batch, stream)
-state = {"capturing": False, "stream": 0}
+state = {"capturing": False, "stream": 0, "graph": None}
 
 
 def _scalar(address, dtype):
@@ -108,6 +121,9 @@ def gemmStridedBatchedEx(
     a = _view(A, *((k, m) if transa else (m, k)), lda, strideA, batch, dtype, "A")
     b = _view(B, *((n, k) if transb else (k, n)), ldb, strideB, batch, dtype, "B")
     c = _view(C, m, n, ldc, strideC, batch, dtype, "C")
+    devices = {allocations.device(address) for address in (A, B, C)} | ({handle - 1} if handle != OWN else set())
+    if len(devices) > 1:
+        raise MemoryError(f"illegal address: operands and handle are of the devices {sorted(devices)}")
     if batch > 1:
         ends = sorted((i * strideC + j * ldc) for i in range(batch) for j in range(n))
         if any(y - x < m for x, y in itertools.pairwise(ends)):

@@ -3,7 +3,8 @@
 ``install()`` puts it at ``sys.modules["cupy"]``, so that the backend's code runs unchanged; it needs a process of its own.
 Strict where a lenient one would hide errors: no implicit conversion to NumPy and no mixing with it, no mixing of devices,
 reductions are 0-d arrays, new memory is poisoned, and everything that a GPU would launch is written down in ``log``:
-``("gemm", ...)``, ``("kernel", name)`` for CuPy's own kernels (copies, conversions, arithmetic), ``("launch", name)``.
+``("gemm", ...)``, ``("kernel", name)`` for CuPy's own kernels (copies, conversions, arithmetic), ``("launch", name)``,
+``("synchronize", stream)``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.machinery
 import sys
 import time
 import types
+import weakref
 
 import fakecublas
 import numpy as np
@@ -36,12 +38,12 @@ class Device:
         self.attributes = {}
 
     def __enter__(self):
-        self._before = state["device"]
+        self.__dict__.setdefault("_before", []).append(state["device"])
         state["device"] = self.id
         return self
 
     def __exit__(self, *error):
-        state["device"] = self._before
+        state["device"] = self._before.pop()
 
     def __eq__(self, other):
         return isinstance(other, Device) and self.id == other.id
@@ -83,7 +85,15 @@ def _noted(name, result, inputs):
         shares = any(isinstance(x, np.ndarray) and np.may_share_memory(r, x) for x in inputs)
         if isinstance(r, (np.ndarray, np.generic)) and r.size and not shares:
             log.append(("kernel", name))
+            _touched(name, r, *inputs)
             return
+
+
+def _touched(name, *arrays):
+    """What a kernel reads and writes, for the graph that is captured."""
+    if fakecublas.state["graph"] is not None:
+        found = (fakecublas.whole(a) for a in arrays if isinstance(a, np.ndarray) and a.size)
+        fakecublas.state["graph"] += [(weakref.ref(a), name) for a in found]
 
 
 def _call(name, function, *args, **kwargs):
@@ -116,8 +126,8 @@ class ndarray:
     def __init__(self, a):
         if not isinstance(a, np.ndarray):
             raise TypeError(f"expected a NumPy array inside, got {type(a).__name__}")
-        fakecublas.allocations.add(a)
         self._a, self.device = a, Device()
+        fakecublas.allocations.add(a, self.device.id)
 
     # ---- refused ----
 
@@ -154,6 +164,8 @@ class ndarray:
             return ndarray(a)
 
     def get(self):
+        if streams[-1].is_capturing():
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported: a copy to the host during a capture")
         return self._a.copy()
 
     def item(self):
@@ -164,6 +176,7 @@ class ndarray:
 
     def fill(self, value):
         log.append(("kernel", "fill"))
+        _touched("fill", self._a)
         self._a.fill(value)
 
     def view(self, dtype):
@@ -220,7 +233,9 @@ class ndarray:
     def __setitem__(self, key, value):
         _unwrapped(self)
         log.append(("kernel", "copy"))
-        self._a[self._index(key)] = _unwrapped(value)
+        value = _unwrapped(value)
+        _touched("copy", self._a, value)
+        self._a[self._index(key)] = value
 
 
 def _method(name):
@@ -247,7 +262,7 @@ def _operator(name):
         result = function(_unwrapped(self), _unwrapped(other))
         if result is NotImplemented:
             return result
-        _noted(name, result, [])
+        _noted(name, result, [self._a, other._a if isinstance(other, ndarray) else other])
         return self if name.startswith("__i") and name != "__invert__" else _wrapped(result)
 
     return method
@@ -307,6 +322,7 @@ def _made(name):
     def function(*args, dtype=None, **kwargs):
         result = getattr(np, name)(*args, dtype=dtype, **kwargs)
         log.append(("kernel", name))
+        _touched(name, result)
         _room(result)
         return ndarray(result)
 
@@ -388,6 +404,12 @@ class RawKernel:
             raise CUDARuntimeError(f"CUDA_ERROR_INVALID_VALUE: block {block}, {shared_mem} bytes of shared memory")
         if not all(isinstance(a, np.generic) for a in args):
             raise TypeError(f"kernel arguments: expected NumPy scalars of exact widths, got {args}")
+        pointers = [int(a) for a in args if a.dtype == np.uint64 and a]
+        for pointer in pointers:
+            fakecublas.allocations.check(pointer, 1, self.name)
+        devices = {fakecublas.allocations.device(pointer) for pointer in pointers}
+        if devices - {state["device"]}:
+            raise CUDARuntimeError(f"illegal address: arrays of the devices {devices}, current {state['device']}")
         parameters = tuple(C_TYPES[a.dtype.name] for a in args)
         kernel = Kernel(self.code, self.name, block[0], shared_mem, 0, parameters, 1)
         shim.build(kernel, seed=state["seed"])(grid, args)
@@ -403,40 +425,76 @@ class Event:
 
 
 class Stream:
-    """A stream: which one is current is all that matters here."""
+    """A stream: which one is current is all that matters here; two of one address are equal, as in CuPy."""
 
     def __init__(self, ptr=1):
         self.ptr = ptr
 
     def __enter__(self):
-        self._before, fakecublas.state["stream"] = fakecublas.state["stream"], self.ptr
+        streams.append(self)
+        fakecublas.state["stream"] = self.ptr
         return self
 
     def __exit__(self, *error):
-        fakecublas.state["stream"] = self._before
+        streams.pop()
+        fakecublas.state["stream"] = streams[-1].ptr
+
+    def __eq__(self, other):
+        return isinstance(other, Stream) and self.ptr == other.ptr
+
+    def __hash__(self):
+        return hash(self.ptr)
+
+    def is_capturing(self):
+        return fakecublas.state["capturing"] and self.ptr == fakecublas.state["stream"]
+
+    def synchronize(self):
+        if self.is_capturing():
+            raise CUDARuntimeError(
+                "cudaErrorStreamCaptureUnsupported: operation not permitted when stream is capturing"
+            )
+        log.append(("synchronize", self.ptr))
+
+
+streams = [Stream(0)]  # the current one is last
+
+
+class Graph:
+    """What was captured: the memory that is read and written whenever it is launched."""
+
+    def __init__(self):
+        self.touched = []
+
+    def launch(self, stream=None):
+        """MemoryError if anything of it has been freed: by now it may be another's."""
+        gone = sorted({what for allocation, what in self.touched if allocation() is None})
+        if gone:
+            raise MemoryError(f"illegal address: the graph's memory was freed, of {gone}")
 
 
 @contextlib.contextmanager
 def capturing():
-    """As between ``begin_capture`` and ``end_capture``."""
-    fakecublas.state["capturing"] = True
+    """As between ``begin_capture`` and ``end_capture``: the graph."""
+    graph = Graph()
+    fakecublas.state.update(capturing=True, graph=graph.touched)
     try:
-        yield
+        yield graph
     finally:
-        fakecublas.state["capturing"] = False
+        fakecublas.state.update(capturing=False, graph=None)
 
 
 @contextlib.contextmanager
 def counted():
     """What is launched inside: lists of products, of CuPy's own kernels, and of ours."""
-    found = types.SimpleNamespace(gemms=[], kernels=[], launches=[], uploads=[], streams=set())
+    found = types.SimpleNamespace(gemms=[], kernels=[], launches=[], uploads=[], waits=[], streams=set())
     start, products = len(log), len(fakecublas.log)
     yield found
     for *sizes, stream in fakecublas.log[products:]:
         found.gemms.append(tuple(sizes))
         found.streams.add(stream)
+    lists = {"kernel": found.kernels, "launch": found.launches, "upload": found.uploads, "synchronize": found.waits}
     for kind, what in log[start:]:
-        {"kernel": found.kernels, "launch": found.launches, "upload": found.uploads}[kind].append(what)
+        lists[kind].append(what)
 
 
 @contextlib.contextmanager
@@ -482,7 +540,7 @@ def install():
     cuda = _module(
         "cupy.cuda", device=device, memory=memory, runtime=runtime, Device=Device, Event=Event, Stream=Stream,
         is_available=lambda: True, get_elapsed_time=lambda start, stop: 1e3 * (stop.time - start.time),
-        get_current_stream=lambda: Stream(fakecublas.state["stream"]),
+        get_current_stream=lambda: streams[-1],
     )  # fmt: skip
     linalg = {n: _function_of(np.linalg, n) for n in LINALG.split()}
     fft = {n: _function_of(np.fft, n) for n in FFT.split()}

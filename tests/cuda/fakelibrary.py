@@ -43,6 +43,7 @@ API int cublasGemmStridedBatchedEx(cublasHandle_t h, cublasOperation_t ta, cubla
 """
 
 calls: list[str] = []
+spaces: list[int] = []  # addresses of workspaces, one for every product
 status = 0
 held: list[object] = []
 
@@ -63,6 +64,7 @@ def _workspace(handle, address, size):
     fakecublas.allocations.check(address, size, "the workspace")
     assert (handle, size) == (fakecublas.OWN, 32 << 20)
     calls.append("workspace")
+    spaces.append(address)
     return status
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import fakecupy
@@ -15,7 +16,7 @@ import shim
 STANDIN = Path(__file__).with_name("standin")
 MARKET = "test_standin_market.py"
 OTHERS = sorted(path.name for path in STANDIN.glob("test_*.py") if path.name != MARKET)
-LEAST = {"market": 2000, "others": 120}  # tests that must have run
+LEAST = {"market": 2000, "others": 220}  # tests that must have run
 
 
 @pytest.mark.parametrize(("group", "names"), [("market", [MARKET]), ("others", OTHERS)], ids=["market", "others"])
@@ -41,5 +42,9 @@ def test_the_stand_in_offers_nothing_that_cupy_lacks():
     assert [
         n for n in ("Device", "Event", "Stream", "is_available", "get_elapsed_time") if not hasattr(cupy.cuda, n)
     ] == []
+    own = {n for n in vars(fakecupy.Stream) if not n.startswith("_")}
+    assert [n for n in own if not hasattr(cupy.cuda.Stream, n)] == []
+    assert weakref.ref(cupy.cuda.Stream.null)
+    assert cupy.cuda.Stream.__hash__ is not None, "workspaces are found by streams, weakly"
     assert hasattr(cupy.cuda.device, "get_cublas_handle")
     assert {"getDevice", "getDeviceCount", "getDeviceProperties"} <= set(dir(cupy.cuda.runtime))

@@ -25,11 +25,15 @@ LARGEST = 256  # size of a block beyond which merging factors is not considered
 class CupyBackend(base.Backend):
     """CuPy arrays: strided-batched cuBLAS products without copies of activations, fused kernels, or the dense matrix.
 
-    Work is launched on CuPy's current stream and nothing is synchronised; memory comes from CuPy's pool. Under torch, share
-    its stream: ``with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):``. The precision of float32 products is
-    chosen with :class:`structmat.backends.use_precision`. What is captured into a CUDA graph is launched once before, so that
-    kernels are compiled and plans made (and ``structmat.backends.cupy.capture.prepare()`` makes a cuBLAS handle for captures);
-    a plan keeps the memory of its intermediates that a graph uses.
+    Work is launched on CuPy's current stream; memory comes from CuPy's pool. Nothing is synchronised but where a plan makes
+    arrays that it keeps (merged or cast factors, the dense matrix, Hadamard factors read): once for an operator and dtype, on
+    the first application, since later ones may be on other streams. Under torch, share its stream (``docs/gpu.md``). The
+    precision of float32 products is chosen with :class:`structmat.backends.use_precision`.
+
+    What is captured into a CUDA graph is launched once before, so that kernels are compiled and plans made, and
+    ``structmat.backends.cupy.capture.prepare()`` makes a cuBLAS handle for captures. A plan keeps operands, intermediates and
+    results of everything that was captured: that list grows with every capture, and goes with the operator. Graphs captured
+    on one stream share a workspace of cuBLAS and are launched one after another.
 
     Parameters
     ----------
@@ -119,7 +123,7 @@ def merged_chain(layout: ChainLayout, blocks: Sequence[Array], rates: Rates) -> 
             value, pattern = merge.product(value, _wide(blocks[i])), pattern.product(patterns[i])
         values.append(arrays.cast(value, dtype) if stop - start > 1 else value)
         merged.append(pattern)
-    return layout._replace(patterns=tuple(merged)), tuple(values)
+    return layout._replace(patterns=tuple(merged)), memory.ready(values, blocks)
 
 
 def merged_factors(factors: Sequence[Array], rates: Rates) -> tuple[Array, ...]:
@@ -149,7 +153,7 @@ def merged_factors(factors: Sequence[Array], rates: Rates) -> tuple[Array, ...]:
             value = value[..., :, None, :, None] * other[..., None, :, None, :]
             value = value.reshape(*value.shape[:-4], m1 * m2, n1 * n2)
         found.append(arrays.cast(value, dtype) if stop - start > 1 else value)
-    return tuple(found)
+    return memory.ready(found, factors)
 
 
 def _wide(values: Array) -> Array:

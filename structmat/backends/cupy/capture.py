@@ -1,8 +1,11 @@
 """Products while a CUDA graph is captured: CuPy refuses them, so cuBLAS is called by a handle of our own.
 
 CuPy's binding raises ``NotImplementedError`` during a capture (github.com/cupy/cupy/issues/6290), since a handle that
-allocates its workspace by itself cannot be captured. This one has a workspace from CuPy's pool, given to it before every
+allocates its workspace by itself cannot be captured. Ours has a workspace from CuPy's pool, given to it before every
 product: ``cublasSetStream`` takes it away. Source: cuBLAS documentation, sections 2.1.4, 2.4.7 and 2.4.8.
+
+A graph writes to the workspace of the stream that it was captured on whenever it is launched, so that graphs of one stream are
+to be launched one after another; graphs captured on different streams may run at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int, c_longlong, c_size_t, c_void_p
 from functools import cache
+from threading import get_ident
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from structmat.arrays import Array
 from structmat.backends.cupy import library, memory
@@ -25,44 +30,59 @@ GEMM = [
 
 
 class Handle(NamedTuple):
-    """A handle of cuBLAS on one device, with its workspace."""
+    """A handle of cuBLAS on one device in one thread, with a workspace for each stream for as long as the stream lives."""
 
     library: Any
     address: int
-    workspace: Array
+    workspaces: WeakKeyDictionary[Any, Array]
+
+    def workspace(self, stream: Any) -> Array:
+        """The workspace for a stream: the address of one that is gone may return, and graphs may still use its memory."""
+        if stream not in self.workspaces:
+            self.workspaces[stream] = memory.fresh((WORKSPACE,), "uint8")
+        return self.workspaces[stream]
 
 
-def gemm(*arguments: int) -> None:
+def gemm(*arguments: int) -> Array:
     """``gemmStridedBatchedEx`` with the arguments of CuPy's binding, the handle left out, on the current stream.
+
+    Returns
+    -------
+    cupy.ndarray
+        The workspace, to be kept for as long as the graph.
 
     Raises
     ------
     RuntimeError
         If cuBLAS is not found, or reports an error.
     """
-    cuda = library.cupy().cuda
-    found = handle(cuda.runtime.getDevice())
-    own = found.library
-    _checked(own.cublasSetStream_v2(found.address, cuda.get_current_stream().ptr), "cublasSetStream")
-    space = found.workspace
+    stream = library.cupy().cuda.get_current_stream()
+    found = _here()
+    own, space = found.library, found.workspace(stream)
+    _checked(own.cublasSetStream_v2(found.address, stream.ptr), "cublasSetStream")
     _checked(own.cublasSetWorkspace_v2(found.address, space.data.ptr, space.nbytes), "cublasSetWorkspace")
     _checked(own.cublasGemmStridedBatchedEx(found.address, *arguments), "cublasGemmStridedBatchedEx")
+    return space
 
 
 def prepare() -> None:
-    """Make the handle of the current device: to be called before a capture in which it would be made, and may not be.
+    """Make the handle of the current device and thread: to be called before a capture, where it may not be possible.
 
     Raises
     ------
     RuntimeError
         If cuBLAS is not found, or makes no handle.
     """
-    handle(library.cupy().cuda.runtime.getDevice())
+    _here()
+
+
+def _here() -> Handle:
+    return handle(library.cupy().cuda.runtime.getDevice(), get_ident())
 
 
 @cache
-def handle(device: int) -> Handle:  # noqa: ARG001 (a part of the key: handles belong to a device)
-    """The handle of the current device, made at its first use and kept."""
+def handle(device: int, thread: int) -> Handle:  # noqa: ARG001 (the key: stream and workspace are set on a handle in steps)
+    """The handle of the current device and thread, made at its first use and kept."""
     own = _library()
     own.cublasCreate_v2.argtypes = [c_void_p]
     own.cublasSetStream_v2.argtypes = [c_void_p, c_void_p]
@@ -71,7 +91,7 @@ def handle(device: int) -> Handle:  # noqa: ARG001 (a part of the key: handles b
     address = c_void_p()
     what = "cublasCreate (structmat.backends.cupy.capture.prepare() makes the handle before a capture begins)"
     _checked(own.cublasCreate_v2(ctypes.byref(address)), what)
-    return Handle(own, address.value or 0, memory.fresh((WORKSPACE,), "uint8"))
+    return Handle(own, address.value or 0, WeakKeyDictionary())
 
 
 def _library() -> Any:

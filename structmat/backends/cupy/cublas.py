@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from structmat.arrays import Array
 from structmat.backends.cuda.precision import Compute
 from structmat.backends.cuda.products import Gemm
 from structmat.backends.cupy import capture, library
@@ -22,7 +23,7 @@ def _scalar(value: float, code: str) -> np.ndarray:
 
 def multiply(
     calls: Sequence[Gemm], compute: Compute, itemsize: int, left: int, right: int, out: int, add: bool = False
-) -> bool:
+) -> Array | None:
     """Launch products on the current stream of the current device; with ``add`` they are added to the result.
 
     Parameters
@@ -36,14 +37,15 @@ def multiply(
 
     Returns
     -------
-    bool
-        Whether they were captured into a CUDA graph, which needs the memory for as long as it lives.
+    cupy.ndarray or None
+        The workspace of products that were captured into a CUDA graph, which needs it, and the memory at the addresses, for
+        as long as it lives; ``None`` outside a capture.
     """
     handle = library.module("cupy.cuda.device").get_cublas_handle()
     launch = library.module("cupy_backends.cuda.libs.cublas").gemmStridedBatchedEx
     kind, computed, code = compute
     one, beta = _scalar(1.0, code).ctypes.data, _scalar(1.0 if add else 0.0, code).ctypes.data
-    captured = False
+    workspace = None
     for g in calls:
         first, second = left + itemsize * g.left_offset, right + itemsize * g.right_offset
         if g.swap:
@@ -57,6 +59,5 @@ def multiply(
         try:
             launch(handle, *arguments)
         except NotImplementedError:  # CuPy's answer during a capture
-            capture.gemm(*arguments)
-            captured = True
-    return captured
+            workspace = capture.gemm(*arguments)
+    return workspace

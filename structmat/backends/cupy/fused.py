@@ -88,7 +88,7 @@ class FusedChain(FusedKernel):
     """Two factors ``(1, S, K R, Q) (K, R Q, P, 1)``: Monarch, Block Tensor-Train, a merged butterfly; 16-bit types."""
 
     def __init__(self, layout: ChainLayout, blocks: Sequence[Array], rates: Rates, lanes: bool) -> None:
-        self.left, self.right = (_aligned(block) for block in blocks)
+        self.left, self.right = memory.ready(map(_aligned, blocks), blocks)
         (_, s, depth, q), (k, _, p, _) = layout.patterns
         self.sizes, self.lanes = (k, p, q, s, depth // k), lanes
         super().__init__(layout.rows, layout.cols, self.left.dtype, self.left.size + self.right.size, rates)
@@ -125,7 +125,7 @@ class FusedKron(FusedKernel):
     """A Kronecker product of two factors; 16-bit types."""
 
     def __init__(self, factors: Sequence[Array], rates: Rates) -> None:
-        self.left, self.right = (_aligned(factor) for factor in factors)
+        self.left, self.right = memory.ready(map(_aligned, factors), factors)
         (r, p), (s, q) = self.left.shape, self.right.shape
         self.sizes = r, p, s, q
         super().__init__(r * s, p * q, self.left.dtype, self.left.size + self.right.size, rates)
@@ -175,6 +175,7 @@ class FusedHadamard(FusedKernel):
             return None
         if sources.hadamard_kernel(dtype.name, 1 << len(factors)) is None:
             return None
+        memory.uncaptured()  # what is read here is not there during a capture
         values = library.cupy().stack(list(factors)).get().astype(np.float64)
         scales = values[:, 0, 0]
         if not np.array_equal(values, scales[:, None, None] * [[1.0, 1.0], [1.0, -1.0]]):

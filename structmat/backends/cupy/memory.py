@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
@@ -51,6 +52,42 @@ def _bounds(x: Array) -> tuple[int, int]:
         else:
             stop += (n - 1) * stride
     return start, stop + x.dtype.itemsize
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return library.cupy().cuda.get_current_stream().is_capturing()
+
+
+def uncaptured() -> None:
+    """``RuntimeError`` during a capture: what is made only once, to be kept, would not be there before the graph runs."""
+    if capturing():
+        raise RuntimeError(
+            "the first application of an operator makes arrays that are kept, which cannot be captured into a CUDA graph; "
+            "apply it once, to an operand of the same dtype and shape, before the capture begins"
+        )
+
+
+def ready(made: Iterable[Array], given: Iterable[Array]) -> tuple[Array, ...]:
+    """Arrays to be kept: what was not given but made here is finished, since it may be read on any stream from now on.
+
+    Parameters
+    ----------
+    made
+        What is to be kept: arrays that were given, views of them, or new ones, made on the current stream.
+    given
+        The caller's arrays.
+
+    Raises
+    ------
+    RuntimeError
+        During the capture of a CUDA graph, if one of them is new.
+    """
+    found, known = tuple(made), {x.data.ptr for x in given}
+    if any(x.size and x.data.ptr not in known for x in found):
+        uncaptured()
+        library.cupy().cuda.get_current_stream().synchronize()
+    return found
 
 
 def fresh(shape: tuple[int, ...], dtype: Any) -> Array:

@@ -62,25 +62,36 @@ class CupyPlan(LibraryPlan):
 
     def columns(self, x: Array, out: Array | None = None) -> Array:
         """``A x`` for ``x`` of shape ``(..., n, k)``."""
+        with memory.device_of(x):
+            return self._columns(x, out)
+
+    def _columns(self, x: Array, out: Array | None) -> Array:
         x = self._promoted(x)
         if out is None:
             y = self._one(x, rows=False)
             return self._result(x, rows=False) if y is None else y
         shape = (*self.products.leading(x), self.products.m, x.shape[-1])
         arrays.check_out(out, shape, x.dtype)
+        if out.device != x.device:
+            raise TypeError(f"out: on {out.device}, the operand on {x.device}")
         if out.dtype == x.dtype and not memory.may_overlap(x, out):
             written = self.products.apply(x, False, out)
             if written is not None:
                 return written
-        return arrays.copy_into(self.columns(x), out)
+        return arrays.copy_into(self._columns(x, None), out)
 
     def rows(self, x: Array) -> Array:
         """``x A^T`` for ``x`` of shape ``(..., k, n)``."""
+        with memory.device_of(x):
+            return self._rows(x)
+
+    def _rows(self, x: Array) -> Array:
         x = self._promoted(x)
         flat = None if self.products.lead else _flat(x)
         if flat is None and not self.products.lead and math.prod(x.shape[:-2]) > FEW and x.size:
-            with memory.device_of(x):  # one copy instead of many calls
-                flat = library.cupy().ascontiguousarray(x).reshape(-1, x.shape[-1])
+            flat = library.cupy().ascontiguousarray(x).reshape(-1, x.shape[-1])  # one copy instead of many calls
+            if memory.capturing():
+                self.products.captured.append(x)  # which may itself be a copy in another dtype
         if flat is None:
             return self._result(x.swapaxes(-1, -2), rows=True).swapaxes(-1, -2)
         y = self._one(flat, rows=True)
@@ -95,13 +106,17 @@ class CupyPlan(LibraryPlan):
 
     def once(self, x: Array) -> Array:
         """``A x`` by products, which need no preparation."""
-        return self._result(self._promoted(x), rows=False)
+        with memory.device_of(x):
+            return self._result(self._promoted(x), rows=False)
 
     def add(self, x: Array, out: Array, rows: bool = False) -> bool:
         """``out += A x`` (or ``x A^T``) in the last product's own pass; ``False`` where that would take a copy."""
-        if arrays.promote(self.products.dtype, x.dtype) != out.dtype:
+        if arrays.joint_dtype(self.products.dtype, x.dtype, "matmul") != out.dtype:
             return False
-        x = self._promoted(x)
+        with memory.device_of(x):
+            return self._added(self._promoted(x), out, rows)
+
+    def _added(self, x: Array, out: Array, rows: bool) -> bool:
         source, target = (x.swapaxes(-1, -2), out.swapaxes(-1, -2)) if rows else (x, out)
         shape = (*self.products.leading(source), self.products.m, source.shape[-1])
         if target.shape != shape or _repeats(out) or memory.may_overlap(x, out):
@@ -110,7 +125,7 @@ class CupyPlan(LibraryPlan):
 
     def _promoted(self, x: Array) -> Array:
         dtype = self.products.dtype
-        return x if x.dtype == dtype else arrays.cast(x, arrays.promote(dtype, x.dtype))
+        return x if x.dtype == dtype else arrays.cast(x, arrays.joint_dtype(dtype, x.dtype, "matmul"))
 
     def _result(self, x: Array, rows: bool) -> Array:
         y = self.products.apply(x, rows)
@@ -129,21 +144,25 @@ class CupyPlan(LibraryPlan):
             return y if y is None or not rows else y.T
         if chosen == "fused" and self.fused is not None:
             y = self.fused.rows(x if rows else x.T)
+            if y is not None and memory.capturing():
+                self.products.captured += [x, y]  # either may be an intermediate that nobody else keeps
             return y if y is None or rows else y.T
         return None
 
     def _dense(self) -> Products:
         """The product with the dense matrix, which is made once and kept."""
-        if self._matrix is None:
+        made = self._matrix
+        if made is None:
+            memory.uncaptured()
             m, n, dtype = self.products.m, self.products.n, self.products.dtype
             if m < n:  # the identity of the longer side may be far larger than the matrix
                 matrix = self.transposed().apply(_identity(m, dtype), False).T  # pyright: ignore[reportOptionalMemberAccess]
             else:
                 matrix = self.products.apply(_identity(n, dtype), False)
             layout = ChainLayout((Pattern(1, m, n, 1),), m, n)
-            matrix = library.cupy().ascontiguousarray(matrix)[None, None]
-            self._matrix = ChainProducts(layout, (matrix,), self.products.rates)
-        return self._matrix
+            (matrix,) = memory.ready((library.cupy().ascontiguousarray(matrix)[None, None],), ())
+            made = self._matrix = ChainProducts(layout, (matrix,), self.products.rates)
+        return made
 
     # ---- choosing -----------------------------------------------------------------------------------------------
 
@@ -153,9 +172,13 @@ class CupyPlan(LibraryPlan):
 
     def tune(self, k: int, rows: bool = False) -> None:
         """Time every kernel for ``k`` samples on the device and use the fastest from now on."""
-        n, dtype = self.products.n, self.products.dtype
-        if self.products.lead or 0 in (n, self.products.m):
+        if self.products.lead or 0 in (self.products.n, self.products.m):
             return
+        with memory.device_of(self.products.home):
+            self._tune(k, rows)
+
+    def _tune(self, k: int, rows: bool) -> None:
+        n, dtype = self.products.n, self.products.dtype
         rng = np.random.default_rng(0)
         x = library.cupy().asarray(rng.standard_normal((k, n) if rows else (n, k)).astype(dtype))
         timed: list[tuple[float, str, str]] = []
@@ -165,7 +188,8 @@ class CupyPlan(LibraryPlan):
         timed.sort()
         found = Explanation(timed[0][2], tuple(Candidate(name, seconds) for seconds, _, name in timed))
         self._choices[self._key(k, rows)] = Choice(timed[0][1], found)
-        if timed[0][1] != "dense" and "dense" not in {choice.kernel for choice in self._choices.values()}:
+        used = "dense" in {choice.kernel for choice in self._choices.values()}
+        if not used and self._matrix is not None and not self._matrix.captured:
             self._matrix = None  # not kept in vain
 
     def _choice(self, k: int, rows: bool) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from structmat.backends.cupy.launch import exchanged
 from structmat.patterns import Pattern
 
 KEPT = 64  # schedules of different shapes that a plan keeps
+UNKNOWN: Any = object()  # None says that there is no schedule
 CHUNK_STEP = 256  # samples of a chunk come in multiples
 
 
@@ -70,17 +71,25 @@ class Products:
     ----------
     lead
         Leading axes of the operator.
+    captured
+        Memory that CUDA graphs read and write when they are launched: operands, intermediates, results and workspaces. It grows
+        with every capture and is given back with the plan, which does not know when a graph is gone.
     """
 
     def __init__(self, m: int, n: int, values: Sequence[Array], patterns: Sequence[Pattern], rates: Rates) -> None:
         self.m, self.n, self.rates = m, n, rates
         self.patterns = tuple(patterns)
         self.dtype = arrays.promote(*(v.dtype for v in values))
-        self._values = {self.dtype: tuple(_usable(arrays.cast(v, self.dtype)) for v in values)}
+        self._values = {self.dtype: _kept(values, self.dtype)}
         self._prepared: dict[object, Prepared | None] = {}
         self.lead = np.broadcast_shapes(*(tuple(v.shape[: -self.core]) for v in values))
-        self._captured: list[Array] = []  # memory that CUDA graphs read and write when they are launched
+        self.captured: list[Array] = []
         self._empty = not n or any(0 in p for p in self.patterns)
+
+    @property
+    def home(self) -> Array:
+        """An array on the device of the operator."""
+        return self._values[self.dtype][0]
 
     # ---- what subclasses say ------------------------------------------------------------------------------------
 
@@ -92,9 +101,9 @@ class Products:
         """The products for an operand in memory."""
         raise NotImplementedError
 
-    def ordered_in(self, x: Array) -> Array:
-        """A contiguous copy of ``x (..., n, k)`` with the samples last, in the order of the first factor, padded."""
-        return _contiguous(x)
+    def ordered_in(self, x: Array) -> Sequence[Array]:
+        """Copies of ``x (..., n, k)``; the last is contiguous, in the order of the first factor, padded."""
+        return (_contiguous(x),)
 
     def ordered_out(self, y: Array) -> Array:
         """A result ``(..., rows, k)`` in the natural order of the last factor, in the operator's own."""
@@ -131,11 +140,13 @@ class Products:
         if compute is None:
             raise TypeError(f"matmul: cuBLAS does not multiply {x.dtype} arrays; use A.astype(...) and x.astype(...)")
         values = self._cast(x.dtype)
+        made = [x]  # and what is copied from it
         prepared = self._prepare(values, x, lead, rows, out)
         if prepared is None and out is not None:
             return None
         if prepared is None:
             x = _contiguous(x)
+            made.append(x)
             prepared = self._prepare(values, x, lead, rows, None)
         if prepared is None:
             raise ValueError(
@@ -144,21 +155,22 @@ class Products:
             )
         whole = prepared.whole
         if whole.copies:
-            x = self._copied(x, whole.copies[0])
+            made += self._copied(x, whole.copies[0])
         scratch = [memory.fresh((size,), x.dtype) for size in prepared.scratch]
         result = _result(lead, whole, k, x.dtype) if out is None else out
-        if self._run(prepared, compute, values, x, result, scratch, add):
-            self._captured += [x, *scratch]
+        workspace = self._run(prepared, compute, values, made[-1], result, scratch, add)
+        y = self.ordered_out(result) if out is None and "result" in whole.copies else result
+        if workspace is not None:
+            self.captured += [*made, *scratch, result, y, workspace]
         if out is not None:
             return out
-        result = self.ordered_out(result) if "result" in whole.copies else result
-        return result if whole.rows == self.m else result[..., : self.m, :]
+        return y if whole.rows == self.m else y[..., : self.m, :]
 
-    def _copied(self, x: Array, what: str) -> Array:
-        """The operand as a schedule with a copy expects it."""
+    def _copied(self, x: Array, what: str) -> Sequence[Array]:
+        """What is made of the operand, last what a schedule with a copy expects."""
         if what == "digits":
-            return exchanged(x, self.patterns[-1])
-        return self.ordered_in(x) if what == "order" else _contiguous(x) if what == "operand" else x
+            return (exchanged(x, self.patterns[-1]),)
+        return self.ordered_in(x) if what == "order" else (_contiguous(x),) if what == "operand" else ()
 
     def leading(self, x: Array) -> tuple[int, ...]:
         """Leading axes of ``A x``."""
@@ -177,18 +189,20 @@ class Products:
     def _cast(self, dtype: np.dtype) -> tuple[Array, ...]:
         """The values in the dtype of the result, converted once."""
         if dtype not in self._values:
-            self._values[dtype] = tuple(_usable(arrays.cast(v, dtype)) for v in self._values[self.dtype])
+            self._values[dtype] = _kept(self._values[self.dtype], dtype)
         return self._values[dtype]
 
     def _prepare(
         self, values: tuple[Array, ...], x: Array, lead: tuple[int, ...], rows: bool, out: Array | None
     ) -> Prepared | None:
         key = (x.shape, x.strides, x.dtype, lead, rows, out if out is None else out.strides, precision())
-        if key not in self._prepared:
+        found = self._prepared.get(key, UNKNOWN)
+        if found is UNKNOWN:
+            found = self._made(values, x, lead, rows, out)
             if len(self._prepared) >= KEPT:
                 self._prepared.clear()
-            self._prepared[key] = self._made(values, x, lead, rows, out)
-        return self._prepared[key]
+            self._prepared[key] = found  # which another thread may clear at once
+        return found
 
     def _made(
         self, values: tuple[Array, ...], x: Array, lead: tuple[int, ...], rows: bool, out: Array | None
@@ -226,9 +240,9 @@ class Products:
         result: Array,
         scratch: Sequence[Array],
         add: bool,
-    ) -> bool:
-        """Launch everything; nothing is allocated from here on. Whether it was captured into a CUDA graph."""
-        captured = False
+    ) -> Array | None:
+        """Launch everything; nothing is allocated from here on. The workspace, if it was captured into a CUDA graph."""
+        workspace = None
         size = source.dtype.itemsize
         pointers = [
             source.data.ptr,
@@ -244,8 +258,9 @@ class Products:
                 if step.clear and not (last and add):
                     (result if last else scratch[step.target - 1]).fill(0)
                 left, right, out = values[step.factor].data.ptr, pointers[step.source], pointers[step.target]
-                captured |= cublas.multiply(step.calls, compute, size, left, right, out, add and last)
-        return captured
+                used = cublas.multiply(step.calls, compute, size, left, right, out, add and last)
+                workspace = workspace if used is None else used
+        return workspace
 
     # ---- costs --------------------------------------------------------------------------------------------------
 
@@ -302,10 +317,14 @@ class ChainProducts(Products):
         """The products for an operand in memory."""
         return chain_schedule(self.layout, weights, sizes, source, rows, target)
 
-    def ordered_in(self, x: Array) -> Array:
-        """A contiguous copy of the operand with the samples last, in the order of the first factor, padded."""
-        padded = base.pad(x, self.layout.patterns[-1].cols)
-        return _contiguous(base.reorder(padded, self.layout.in_order))
+    def ordered_in(self, x: Array) -> Sequence[Array]:
+        """The operand padded, and a contiguous copy with the samples last, in the order of the first factor."""
+        n, size = x.shape[-2], self.layout.patterns[-1].cols
+        padded = x
+        if n != size:
+            padded = library.cupy().zeros((*x.shape[:-2], size, x.shape[-1]), x.dtype)
+            padded[..., :n, :] = x
+        return padded, _contiguous(base.reorder(padded, self.layout.in_order))
 
     def ordered_out(self, y: Array) -> Array:
         """The result in the order of the chain."""
@@ -338,6 +357,11 @@ class KronProducts(Products):
     ) -> Schedule | None:
         """The products for an operand in memory."""
         return kron_schedule(self.shapes, self.order, weights, sizes, source, rows, target)
+
+
+def _kept(values: Sequence[Array], dtype: np.dtype) -> tuple[Array, ...]:
+    """Values of a dtype that cuBLAS can read, to be kept."""
+    return memory.ready([_usable(arrays.cast(v, dtype)) for v in values], values)
 
 
 def _usable(values: Array) -> Array:

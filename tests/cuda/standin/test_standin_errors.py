@@ -1,21 +1,21 @@
-"""Memory, devices, streams, CUDA graphs, torch on the stand-in; and that the stand-in is strict."""
+"""Memory, devices, dtypes, torch on the stand-in; and that the stand-in is strict."""
 
 from __future__ import annotations
 
 import cupy
 import fakecublas
 import fakecupy
-import fakelibrary
 import numpy as np
 import pytest
-from standin_families import BF16, entries, error, on_device
+from standin_families import BF16, FAMILIES, entries, error, on_device
 
 import structmat as sm
+from structmat.backends.cuda.roofline import H200
 from structmat.backends.cupy import CupyBackend
 
 pytestmark = pytest.mark.usefixtures("products_only")
 
-# ---- errors, devices, streams ---------------------------------------------------------------------------------------
+# ---- errors, devices -----------------------------------------------------------------------------------------------
 
 
 def test_out_of_memory_changes_nothing_and_says_what_helps():
@@ -54,48 +54,69 @@ def test_devices_do_not_mix():
         a + host.to("cupy")
 
 
-def test_work_goes_to_the_current_stream():
-    a, x = sm.Monarch.random((16, 16), blocks=4, rng=0).to("cupy"), on_device(entries((16, 3)))
-    with cupy.cuda.Stream(7), fakecupy.counted() as c:
-        _ = a @ x
-    assert c.streams == {7}
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kernels", [("products",), ("dense",), ("fused",)], ids=lambda kernels: kernels[0])
+def test_everything_is_made_on_the_device_of_the_operator(name, kernels):
+    host, slow = FAMILIES[name](rng=0, dtype=np.float32), H200._replace(call=1e-3)
+    sm.backends.register(CupyBackend(slow, kernels), "cupy")
+    with sm.use_backend("cupy"):
+        for dtype in (np.float32, np.float16, np.float64, np.int32, np.bool_):
+            x = (3 * entries((host.shape[1], 4))).astype(dtype)
+            with cupy.cuda.Device(1):
+                a, there, rows, stack = host.to("cupy"), on_device(x), on_device(x.T), on_device(np.stack([x.T] * 24))
+                flat, out = stack[::2], on_device(np.zeros((host.shape[0], 4), (host @ x).dtype))
+            expected, device = host @ x, a.device
+            assert cupy.cuda.runtime.getDevice() == 0, "another one is current"
+            found = a @ there, a.T.rdot(rows).T, a.matmat(there, out=out), a.T.rdot(flat)[3].T, a._once(there)
+            for y in found:
+                assert y.device == device
+                assert error(y, expected) < 1e-3
+            added = a._add(there, out, False)
+            assert added == ("padded" not in name), "padding takes a copy"
+            assert error(out, (1 + added) * expected) < 1e-3
+            assert sm.tune(a, batch=4).kernel
+        with cupy.cuda.Device(1):
+            there = on_device(entries((host.shape[1], 4), np.float32))
+        with pytest.raises(TypeError, match=r"out: on <CUDA Device 0>, the operand on <CUDA Device 1>"):
+            a.matmat(there, out=on_device(np.zeros((host.shape[0], 4), np.float32)))
 
 
-def test_products_are_captured_by_a_handle_of_our_own(monkeypatch):
-    from structmat.backends.cupy import capture
-
-    own = fakelibrary.library()
-    monkeypatch.setattr(capture, "_library", lambda: own)
-    capture.handle.cache_clear()
-    host = sm.Monarch.random((48, 40), blocks=8, rng=0, dtype=np.float32)
-    a, x = host.to("cupy"), on_device(entries((40, 24), np.float32))
-    before = len(a._plan().products._captured)
-    capture.prepare()
-    with cupy.cuda.Stream(5), fakecupy.capturing(), fakecupy.counted() as c:
-        y = a @ x
-    assert len(c.gemms) == 2
-    assert c.kernels == []
-    assert fakelibrary.calls == ["create", "stream 5", "workspace", "gemm", "stream 5", "workspace", "gemm"]
-    assert error(y, host @ x.get()) < 1e-6
-    kept = a._plan().products._captured[before:]
-    assert [v.size for v in kept] == [x.size, 64 * 24], "the graph's memory is not given to others"
-    fakelibrary.status = 7
-    with fakecupy.capturing(), pytest.raises(RuntimeError, match="cublasSetStream failed with status 7"):
-        a @ x
-    fakelibrary.status = 0
-    capture.handle.cache_clear()
-
-
-def test_without_the_library_a_capture_is_refused():
-    a, x = sm.Monarch.random((16, 16), blocks=4, rng=0).to("cupy"), on_device(entries((16, 3)))
-    with fakecupy.capturing(), pytest.raises(RuntimeError, match=r"libcublas.*cannot be captured into a CUDA graph"):
-        a @ x
+def test_a_fused_kernel_meets_an_operand_of_another_dtype_on_its_device():
+    host = sm.BlockTensorTrain.random((256, 256), blocks=16, rng=0, dtype=np.float32)
+    sm.backends.register(CupyBackend(H200._replace(call=1e-3), ("fused",)), "cupy")
+    with cupy.cuda.Device(1), sm.use_backend("cupy"):
+        a, x = host.to("cupy").astype(np.float16), on_device(np.ones((3, 256), bool))
+    with sm.use_backend("cupy"), fakecupy.counted() as c:
+        y = a.T.rdot(x)
+    assert len(c.launches) == 1
+    assert y.device == a.device
+    assert error(y, x.get().astype(float) @ host.to_dense().T) < 2e-3
 
 
 def test_dtypes_that_cublas_does_not_multiply():
     a = sm.Monarch.random((16, 16), blocks=4, rng=0).to("cupy")
     with pytest.raises(TypeError, match="cuBLAS does not multiply"):
         a @ on_device(entries((16, 3)).astype(np.longdouble))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float16])
+def test_bfloat16_has_no_common_dtype_with_every_other(dtype):
+    host = sm.Monarch.random((16, 16), blocks=4, rng=0, dtype=np.float32)
+    a, x = host.to("cupy").astype(BF16), on_device(np.ones((16, 16), dtype))
+    name = np.dtype(dtype).name
+    for call, what in (
+        (lambda: a @ x, "matmul"),
+        (lambda: a.T.rdot(x), "matmul"),
+        (lambda: a.matmat(x), "matmat"),
+        (lambda: a._plan().rows(x), "matmul"),
+        (lambda: a._plan().add(x, x), "matmul"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"^{what}: bfloat16 operator and {name} operand have no common dtype; use x"
+        ):
+            call()
+    assert (a @ x.astype(np.int8)).dtype == BF16
+    assert (a @ x.astype(np.float32)).dtype == np.float32
 
 
 def test_backends_of_other_kernels_are_refused():
