@@ -174,6 +174,8 @@ def convert(
 
 def speed(case: Case, dense: Any, structured: Any, tokenizer: Any, texts: int) -> Speed:
     """Median ratio of the times of the two models on one batch, taking turns, without the layers that are slower than dense."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for the planner's measurements, too
     plan = snn.plan(dense, {ENCODER: case.config}, budget=case.budget, batch=texts * LENGTH, min_speedup=0)
     kept = [entry.name for entry in plan.converted if entry.speed is not None and entry.speed >= 1.0]
     best = copy.deepcopy(structured)
@@ -181,8 +183,7 @@ def speed(case: Case, dense: Any, structured: Any, tokenizer: Any, texts: int) -
         if entry.name not in kept:
             best.set_submodule(entry.name, dense.get_submodule(entry.name))
     batch = tokenizer(["word " * (LENGTH - 2)] * texts, return_tensors="pt")
-    ratios, threads = [], torch.get_num_threads()
-    torch.set_num_threads(1)
+    ratios = []
     with torch.no_grad():
         for _ in range(TURNS + 1):
             times = []
